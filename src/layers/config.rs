@@ -1,0 +1,113 @@
+//! What can be chosen about a batch-norm layer.
+
+use candle_core::{bail, Result};
+
+use crate::ops::Activation;
+
+/// What a layer keeps as it is during training.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Freeze {
+    /// Nothing: the usual training.
+    #[default]
+    Nothing,
+    /// The running statistics, which are then used in training too. Weight and bias still train.
+    Statistics,
+    /// The running statistics, and weight and bias, which get no gradient. The input still does.
+    /// The counterpart of torchvision's `FrozenBatchNorm2d`.
+    StatisticsAndParameters,
+}
+
+/// The options of [`batch_norm`](crate::batch_norm); the defaults are PyTorch's and candle-nn's.
+///
+/// A bare `f64` converts into a configuration with that `eps`, and so does
+/// `candle_nn::BatchNormConfig`.
+///
+/// ```
+/// use candle_batch_norm::BatchNormConfig;
+/// let config = BatchNormConfig { momentum: None, ..BatchNormConfig::default() };
+/// assert_eq!(BatchNormConfig::from(1e-3).eps, 1e-3);
+/// assert_eq!(config.affine, true);
+/// ```
+#[derive(Debug, Clone, PartialEq)]
+pub struct BatchNormConfig {
+    /// Added to the variance under the root. PyTorch: `eps`.
+    pub eps: f64,
+    /// Without it, the mean counts as 0: the input is only scaled. As in candle-nn.
+    pub remove_mean: bool,
+    /// Whether there are learned parameters at all: `weight` and `bias`, as the next two fields
+    /// say. PyTorch: `affine`.
+    pub affine: bool,
+    /// Whether there is a `weight` (γ), given `affine`. Keras: `scale`.
+    pub weight: bool,
+    /// Whether there is a `bias` (β), given `affine`. Keras: `center`.
+    pub bias: bool,
+    /// How much of the new value goes into the running statistics:
+    /// `running = (1 - momentum)·running + momentum·new`. `None` is the average over all batches
+    /// so far, counted in the variable `num_batches_tracked`. PyTorch: `momentum`; Keras' momentum
+    /// is `1 - momentum`.
+    pub momentum: Option<f64>,
+    /// Without it there are no running statistics, and those of the batch are used in evaluation
+    /// too. PyTorch: `track_running_stats`.
+    pub track_running_stats: bool,
+    /// Applied to the output in the same pass.
+    pub activation: Activation,
+    /// What stays as it is in training.
+    pub freeze: Freeze,
+}
+
+impl Default for BatchNormConfig {
+    fn default() -> Self {
+        Self {
+            eps: 1e-5,
+            remove_mean: true,
+            affine: true,
+            weight: true,
+            bias: true,
+            momentum: Some(0.1),
+            track_running_stats: true,
+            activation: Activation::Identity,
+            freeze: Freeze::Nothing,
+        }
+    }
+}
+
+impl From<f64> for BatchNormConfig {
+    fn from(eps: f64) -> Self {
+        Self {
+            eps,
+            ..Self::default()
+        }
+    }
+}
+
+impl From<candle_nn::BatchNormConfig> for BatchNormConfig {
+    fn from(config: candle_nn::BatchNormConfig) -> Self {
+        Self {
+            eps: config.eps,
+            remove_mean: config.remove_mean,
+            affine: config.affine,
+            momentum: Some(config.momentum),
+            ..Self::default()
+        }
+    }
+}
+
+impl BatchNormConfig {
+    pub(super) fn check(&self) -> Result<()> {
+        if self.eps.is_nan() || self.eps < 0.0 {
+            bail!("batch norm expects eps >= 0, got {}", self.eps)
+        }
+        if let Some(momentum) = self.momentum {
+            if !(0.0..=1.0).contains(&momentum) {
+                bail!("batch norm expects a momentum from 0 to 1, got {momentum}")
+            }
+        }
+        if self.freeze != Freeze::Nothing && !self.track_running_stats {
+            bail!(
+                "batch norm expects track_running_stats for {:?}: there are no statistics to keep",
+                self.freeze
+            )
+        }
+        Ok(())
+    }
+}

@@ -1,0 +1,7 @@
+//! Layers in candle-nn's look, over the fused [`ops`](crate::ops).
+
+mod batch_norm;
+mod config;
+
+pub use batch_norm::{batch_norm, BatchNorm};
+pub use config::{BatchNormConfig, Freeze};

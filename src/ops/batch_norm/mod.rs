@@ -1,0 +1,291 @@
+//! Batch norm over dimension 1, fused with what follows it.
+
+mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
+mod host;
+mod op;
+mod running;
+
+use std::sync::{Arc, OnceLock};
+
+use candle_core::{bail, DType, Result, Tensor};
+
+use crate::shape::{check_input, check_per_channel, check_residual, Dims, Order};
+use op::{BatchNormOp, Params};
+pub use running::BatchStats;
+
+/// What is applied to the normalised values, in the same pass.
+#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
+pub enum Activation {
+    /// Nothing.
+    #[default]
+    Identity,
+    /// `max(v, 0)`; a NaN stays a NaN, as in PyTorch.
+    Relu,
+}
+
+/// The optional arguments of [`batch_norm_train`] and [`batch_norm_inference`].
+///
+/// [`BatchNormArgs::new`] has PyTorch's `eps`, no parameters and no epilogue; the fields are set
+/// one by one:
+///
+/// ```
+/// use candle_batch_norm::ops::{Activation, BatchNormArgs};
+/// let args = BatchNormArgs { activation: Activation::Relu, ..BatchNormArgs::new() };
+/// assert_eq!(args.eps, 1e-5);
+/// ```
+#[derive(Debug, Clone, Copy)]
+pub struct BatchNormArgs<'a> {
+    /// `[c]`, in the input's dtype, or in F32 if that is F16 or BF16. Absent, it counts as 1.
+    pub weight: Option<&'a Tensor>,
+    /// `[c]`, as `weight` and in its dtype. Absent, it counts as 0.
+    pub bias: Option<&'a Tensor>,
+    /// Added to the normalised values before the activation: shape and dtype of the input.
+    pub residual: Option<&'a Tensor>,
+    /// Applied last.
+    pub activation: Activation,
+    /// Added to the variance under the root. Above 0 in training, at least 0 in inference.
+    pub eps: f64,
+    /// Without it, the mean counts as 0 in training, and the variance is the mean square. As in
+    /// `candle_nn::BatchNormConfig`.
+    pub remove_mean: bool,
+}
+
+impl BatchNormArgs<'_> {
+    pub const fn new() -> Self {
+        Self {
+            weight: None,
+            bias: None,
+            residual: None,
+            activation: Activation::Identity,
+            eps: 1e-5,
+            remove_mean: true,
+        }
+    }
+}
+
+impl Default for BatchNormArgs<'_> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// What a backend has to know beside the tensors.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Spec {
+    pub dims: Dims,
+    pub eps: f64,
+    pub activation: Activation,
+    /// The statistics are those of the input, and gradients flow through them.
+    pub training: bool,
+    pub remove_mean: bool,
+}
+
+impl Spec {
+    /// `1 / √(var + eps)`
+    pub fn rstd(&self, var: f64) -> f64 {
+        1.0 / (var + self.eps).sqrt()
+    }
+}
+
+/// Batch norm with the statistics of the batch itself: what a layer does in training.
+///
+/// For `x: [n, c, …]`, with `m` values per channel:
+///
+/// ```text
+/// mean = Σx / m        var = Σ(x - mean)² / m        rstd = 1 / √(var + eps)
+/// y    = activation((x - mean)·rstd·weight + bias + residual)
+/// ```
+///
+/// Gradients, with `g = dy` where the activation let through and 0 elsewhere, `x̂ = (x - mean)·rstd`:
+///
+/// ```text
+/// dbias = Σg      dweight = Σg·x̂      dresidual = g
+/// dx    = weight·rstd·(g - dbias/m - x̂·dweight/m)
+/// ```
+///
+/// Returns `y`, with the shape and the dtype of `x`, and the statistics, which are constants to
+/// autograd. An empty `x` gives an empty `y` and statistics over no values.
+///
+/// `x` is F32, F64, F16 or BF16 with at least 2 dimensions. Its layout is free: contiguous tensors
+/// and those with the channels last in memory (`[n, …, c]` permuted) are taken as they are, others
+/// are copied first. Values are computed in F32 (F64 for F64) and summed in F64.
+///
+/// PyTorch: `torch.nn.functional.batch_norm(x, None, None, weight, bias, training=True, eps=eps)`.
+/// Source: Ioffe and Szegedy 2015, <https://arxiv.org/abs/1502.03167>.
+///
+/// # Errors
+/// `x` of another rank or dtype, or on a device without an implementation; parameters or residual
+/// of another shape, dtype or device; `eps <= 0` or NaN; a single value per channel, whose variance
+/// says nothing.
+///
+/// ```
+/// use candle_batch_norm::ops::{batch_norm_train, BatchNormArgs};
+/// use candle_core::{Device, Tensor};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let x = Tensor::new(&[[1f32, 10.0], [3.0, 30.0]], &Device::Cpu)?;
+/// let (y, stats) = batch_norm_train(&x, &BatchNormArgs::new())?;
+/// assert_eq!(stats.mean()?.to_vec1::<f64>()?, [2.0, 20.0]);
+/// assert_eq!(stats.var()?.to_vec1::<f64>()?, [1.0, 100.0]);
+/// let y = y.to_vec2::<f32>()?;
+/// assert!((y[0][0] + 1.0).abs() < 1e-5 && (y[1][1] - 1.0).abs() < 1e-5);
+/// # Ok(())
+/// # }
+/// ```
+pub fn batch_norm_train(x: &Tensor, args: &BatchNormArgs) -> Result<(Tensor, BatchStats)> {
+    let dims = check(x, args)?;
+    if args.eps.is_nan() || args.eps <= 0.0 {
+        bail!("batch norm expects eps > 0 in training, got {}", args.eps)
+    }
+    if dims.numel() > 0 && dims.m() == 1 {
+        bail!(
+            "batch norm expects more than one value per channel in training, got an input of shape {:?}",
+            x.dims()
+        )
+    }
+    if dims.numel() == 0 {
+        return Ok((x.clone(), BatchStats::of_nothing(x)?));
+    }
+    let (y, stats) = apply(x, args, dims, None)?;
+    Ok((y, BatchStats::new(stats, dims.m())))
+}
+
+/// Batch norm with given statistics: what a layer does in evaluation, or while it is frozen.
+///
+/// ```text
+/// y = activation((x - mean) / √(var + eps)·weight + bias + residual)
+/// ```
+///
+/// `mean` and `var` are `[c]`, F32 or F64 (or the input's dtype), and constants to autograd. The
+/// gradients are those of [`batch_norm_train`] but for `dx = weight·rstd·g`, so that what lies below
+/// a frozen layer still trains. They use the statistics as they were, whatever happens to `mean` and
+/// `var` afterwards.
+///
+/// PyTorch: `torch.nn.functional.batch_norm(x, mean, var, weight, bias, training=False, eps=eps)`.
+///
+/// # Errors
+/// As for [`batch_norm_train`], but for the last two: here `eps` may be 0, and a single value per
+/// channel is fine.
+///
+/// ```
+/// use candle_batch_norm::ops::{batch_norm_inference, BatchNormArgs};
+/// use candle_core::{Device, Tensor};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let x = Tensor::new(&[[1f32, 30.0]], &Device::Cpu)?;
+/// let mean = Tensor::new(&[0f32, 20.0], &Device::Cpu)?;
+/// let var = Tensor::new(&[4f32, 100.0], &Device::Cpu)?;
+/// let args = BatchNormArgs { eps: 0.0, ..BatchNormArgs::new() };
+/// let y = batch_norm_inference(&x, &mean, &var, &args)?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[0.5, 1.0]]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn batch_norm_inference(
+    x: &Tensor,
+    mean: &Tensor,
+    var: &Tensor,
+    args: &BatchNormArgs,
+) -> Result<Tensor> {
+    let dims = check(x, args)?;
+    let dtypes = [DType::F32, DType::F64, x.dtype()];
+    check_per_channel("a mean", mean, x, &dtypes)?;
+    check_per_channel("a variance", var, x, &dtypes)?;
+    if args.eps.is_nan() || args.eps < 0.0 {
+        bail!("batch norm expects eps >= 0, got {}", args.eps)
+    }
+    if dims.numel() == 0 {
+        return Ok(x.clone());
+    }
+    let given = (mean.detach().contiguous()?, var.detach().contiguous()?);
+    Ok(apply(x, args, dims, Some(given))?.0)
+}
+
+/// What training and inference ask of their arguments alike.
+fn check(x: &Tensor, args: &BatchNormArgs) -> Result<Dims> {
+    let dims = check_input(x)?;
+    let dtypes = match x.dtype() {
+        half @ (DType::F16 | DType::BF16) => vec![DType::F32, half],
+        dtype => vec![dtype],
+    };
+    for (what, parameter) in [("a weight", args.weight), ("a bias", args.bias)] {
+        if let Some(parameter) = parameter {
+            check_per_channel(what, parameter, x, &dtypes)?;
+        }
+    }
+    if let (Some(weight), Some(bias)) = (args.weight, args.bias) {
+        if weight.dtype() != bias.dtype() {
+            bail!(
+                "batch norm expects weight and bias of one dtype, got {:?} and {:?}",
+                weight.dtype(),
+                bias.dtype()
+            )
+        }
+    }
+    if let Some(residual) = args.residual {
+        check_residual(residual, x)?;
+    }
+    Ok(dims)
+}
+
+/// Runs the op on arguments that have been checked; gives `y` and the statistics, F64 `[2, c]`.
+fn apply(
+    x: &Tensor,
+    args: &BatchNormArgs,
+    dims: Dims,
+    given: Option<(Tensor, Tensor)>,
+) -> Result<(Tensor, Tensor)> {
+    let order = Order::of(x)?;
+    let x_kernel = order.into_kernel(x)?;
+    let dims = match order {
+        Order::ChannelsFirst => dims,
+        Order::ChannelsLast => Dims {
+            n: dims.m(),
+            c: dims.c,
+            s: 1,
+        },
+    };
+    let contiguous = |t: Option<&Tensor>| t.map(Tensor::contiguous).transpose();
+    let (weight, bias) = (contiguous(args.weight)?, contiguous(args.bias)?);
+    let (params, second) = match (&weight, &bias) {
+        // A custom op takes three tensors: with a residual, the parameters travel as one.
+        (Some(weight), Some(bias)) if args.residual.is_some() => {
+            (Params::Packed, Some(Tensor::stack(&[weight, bias], 0)?))
+        }
+        (Some(_), Some(_)) => (Params::Both, weight),
+        (Some(_), None) => (Params::Weight, weight),
+        (None, Some(_)) => (Params::Bias, bias.clone()),
+        (None, None) => (Params::None, None),
+    };
+    let third = match args.residual {
+        Some(residual) => Some(order.into_kernel(residual)?),
+        None if params == Params::Both => bias,
+        None => None,
+    };
+    let saved = Arc::new(OnceLock::new());
+    let op = BatchNormOp {
+        spec: Spec {
+            dims,
+            eps: args.eps,
+            activation: args.activation,
+            training: given.is_none(),
+            remove_mean: args.remove_mean,
+        },
+        params,
+        has_residual: args.residual.is_some(),
+        given,
+        saved: saved.clone(),
+    };
+    // In the place of an absent argument stands the input again: it is there, and never read.
+    let y = x_kernel.apply_op3(
+        second.as_ref().unwrap_or(&x_kernel),
+        third.as_ref().unwrap_or(&x_kernel),
+        op,
+    )?;
+    let Some(stats) = saved.get() else {
+        bail!("batch norm: the forward pass left no statistics")
+    };
+    Ok((order.out_of_kernel(&y, x)?, stats.clone()))
+}

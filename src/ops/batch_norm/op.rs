@@ -1,0 +1,196 @@
+//! The custom op: hands candle's storages to a backend, and its gradients back to autograd.
+
+use std::sync::{Arc, OnceLock};
+
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
+use candle_core::{bail, CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor};
+
+use super::cpu::Wants;
+use super::{host, Activation, Spec};
+
+/// Which parameters there are, and where they stand among the op's arguments.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(super) enum Params {
+    None,
+    /// The second argument is the weight.
+    Weight,
+    /// The second argument is the bias.
+    Bias,
+    /// The second argument is the weight, the third the bias.
+    Both,
+    /// The second argument is `[2, c]`: weight and bias.
+    Packed,
+}
+
+/// Batch norm of its first argument. `params` and `has_residual` say what the other two are.
+pub(super) struct BatchNormOp {
+    pub spec: Spec,
+    pub params: Params,
+    /// The third argument is the residual.
+    pub has_residual: bool,
+    /// The mean and variance to normalise with, if they are not the batch's.
+    pub given: Option<(Tensor, Tensor)>,
+    /// The mean and variance of the forward pass, F64 `[2, c]`: set once, by it.
+    pub saved: Arc<OnceLock<Tensor>>,
+}
+
+/// A tensor as a backend gets it.
+pub(super) type Operand<'a, S> = (&'a S, Layout);
+
+/// The arguments by their role.
+pub(super) struct Operands<'a, S> {
+    pub x: Operand<'a, S>,
+    pub weight: Option<Operand<'a, S>>,
+    pub bias: Option<Operand<'a, S>>,
+    pub residual: Option<Operand<'a, S>>,
+}
+
+/// The gradients by the role of the argument; `dparams` is `[2, c]`: of weight and bias.
+pub(super) struct TensorGrads {
+    pub dx: Option<Tensor>,
+    pub dparams: Option<Tensor>,
+    pub dresidual: Option<Tensor>,
+}
+
+impl BatchNormOp {
+    /// Sorts the arguments of the op into their roles.
+    pub fn operands<'a, S>(&self, args: [(&'a S, &Layout); 3]) -> Result<Operands<'a, S>> {
+        let [x, second, third] = args.map(|(storage, layout)| (storage, layout.clone()));
+        let row = |index| -> Result<Operand<'a, S>> {
+            let layout = args[1].1.narrow(0, index, 1)?;
+            Ok((args[1].0, layout))
+        };
+        let residual = self.has_residual.then(|| third.clone());
+        let (weight, bias) = match self.params {
+            Params::None => (None, None),
+            Params::Weight => (Some(second), None),
+            Params::Bias => (None, Some(second)),
+            Params::Both => (Some(second), Some(third)),
+            Params::Packed => (Some(row(0)?), Some(row(1)?)),
+        };
+        Ok(Operands {
+            x,
+            weight,
+            bias,
+            residual,
+        })
+    }
+
+    fn save(&self, stats: Tensor) -> Result<()> {
+        if self.saved.set(stats).is_err() {
+            bail!("batch norm: the forward pass ran twice")
+        }
+        Ok(())
+    }
+
+    /// Gives every argument its gradient: `dparams` is split as the parameters came in.
+    fn assign(
+        &self,
+        grads: TensorGrads,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let TensorGrads {
+            dx,
+            dparams,
+            dresidual,
+        } = grads;
+        let Some(dparams) = dparams else {
+            return Ok((dx, None, dresidual));
+        };
+        Ok(match self.params {
+            Params::None => (dx, None, dresidual),
+            Params::Weight => (dx, Some(dparams.get(0)?), dresidual),
+            Params::Bias => (dx, Some(dparams.get(1)?), dresidual),
+            Params::Both => (dx, Some(dparams.get(0)?), Some(dparams.get(1)?)),
+            Params::Packed => (dx, Some(dparams), dresidual),
+        })
+    }
+}
+
+impl CustomOp3 for BatchNormOp {
+    fn name(&self) -> &'static str {
+        "batch-norm"
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let operands = self.operands([(s1, l1), (s2, l2), (s3, l3)])?;
+        let (y, stats) = host::forward(&self.spec, &operands, self.given.as_ref())?;
+        self.save(stats)?;
+        Ok((y, l1.shape().clone()))
+    }
+
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+        s3: &CudaStorage,
+        l3: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let operands = self.operands([(s1, l1), (s2, l2), (s3, l3)])?;
+        let (y, stats) = super::cuda::forward(&self.spec, &operands, self.given.as_ref())?;
+        self.save(stats)?;
+        Ok((y, l1.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        second: &Tensor,
+        third: &Tensor,
+        y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let Some(saved) = self.saved.get() else {
+            bail!("batch norm: the backward pass came before the forward pass")
+        };
+        let relu = self.spec.activation == Activation::Relu;
+        let params_are_tracked = match self.params {
+            Params::None => false,
+            Params::Both => second.track_op() || third.track_op(),
+            _ => second.track_op(),
+        };
+        let residual_is_tracked = self.has_residual && third.track_op();
+        let wants = Wants {
+            dx: x.track_op(),
+            dparams: params_are_tracked,
+            dresidual: residual_is_tracked && relu,
+        };
+        let dy = dy.detach().contiguous()?;
+        let tensors = BackwardTensors {
+            args: [x, second, third],
+            y: (self.has_residual && relu).then_some(y),
+            dy: &dy,
+            saved,
+        };
+        let mut grads = match x.device() {
+            Device::Cpu => host::backward(self, &tensors, wants)?,
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => super::cuda::backward(self, &tensors, wants)?,
+            device => bail!("batch norm has no gradient on {:?}", device.location()),
+        };
+        if residual_is_tracked && !relu {
+            grads.dresidual = Some(dy);
+        }
+        self.assign(grads)
+    }
+}
+
+/// What the backward pass reads: the op's arguments and what became of them.
+pub(super) struct BackwardTensors<'a> {
+    pub args: [&'a Tensor; 3],
+    /// The output, where the mask of the ReLU has to be read from it.
+    pub y: Option<&'a Tensor>,
+    pub dy: &'a Tensor,
+    pub saved: &'a Tensor,
+}

@@ -1,0 +1,7 @@
+//! The fused operations, below the layers: one candle custom op per operation, with its gradient.
+
+mod batch_norm;
+
+pub use batch_norm::{
+    batch_norm_inference, batch_norm_train, Activation, BatchNormArgs, BatchStats,
+};

@@ -1,0 +1,164 @@
+//! Any tensor as `[n, c, s]`: the one place that checks rank, channels, dtype and device.
+
+use candle_core::{bail, DType, Device, Result, Tensor};
+
+/// The sizes of `x: [n, c, …]` with everything after the channels folded into `s`.
+///
+/// The statistics of a channel are taken over `m = n·s` values.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Dims {
+    pub n: usize,
+    pub c: usize,
+    pub s: usize,
+}
+
+impl Dims {
+    /// The number of values per channel.
+    pub fn m(&self) -> usize {
+        self.n * self.s
+    }
+
+    pub fn numel(&self) -> usize {
+        self.m() * self.c
+    }
+}
+
+/// Checks that `x` is something to normalise over dimension 1, and gives its sizes.
+pub(crate) fn check_input(x: &Tensor) -> Result<Dims> {
+    if x.rank() < 2 {
+        bail!(
+            "batch norm expects an input of at least 2 dimensions, [n, c, …], got {:?}",
+            x.dims()
+        )
+    }
+    if !matches!(
+        x.dtype(),
+        DType::F32 | DType::F64 | DType::F16 | DType::BF16
+    ) {
+        bail!(
+            "batch norm expects an input of dtype F32, F64, F16 or BF16, got {:?}",
+            x.dtype()
+        )
+    }
+    match x.device() {
+        Device::Cpu => {}
+        Device::Cuda(_) if cfg!(feature = "cuda") => {}
+        Device::Cuda(_) => bail!(
+            "batch norm got a CUDA tensor, but candle-batch-norm was built without its feature `cuda`: \
+             add features = [\"cuda\"] to the dependency"
+        ),
+        Device::Metal(_) => bail!("batch norm has no Metal implementation: move the input to the CPU"),
+    }
+    let dims = x.dims();
+    Ok(Dims {
+        n: dims[0],
+        c: dims[1],
+        s: dims[2..].iter().product(),
+    })
+}
+
+/// Checks a tensor with one value per channel (`what` names it in errors) against the input.
+pub(crate) fn check_per_channel(
+    what: &str,
+    t: &Tensor,
+    x: &Tensor,
+    dtypes: &[DType],
+) -> Result<()> {
+    let c = x.dims()[1];
+    if t.dims() != [c] {
+        bail!(
+            "batch norm expects {what} of shape [{c}] for an input of shape {:?}, got {:?}",
+            x.dims(),
+            t.dims()
+        )
+    }
+    if !dtypes.contains(&t.dtype()) {
+        bail!(
+            "batch norm expects {what} of dtype {} for an input of dtype {:?}, got {:?}",
+            list(dtypes),
+            x.dtype(),
+            t.dtype()
+        )
+    }
+    check_device(what, t, x)
+}
+
+/// Checks a tensor that is added to the output against the input.
+pub(crate) fn check_residual(residual: &Tensor, x: &Tensor) -> Result<()> {
+    if residual.dims() != x.dims() || residual.dtype() != x.dtype() {
+        bail!(
+            "batch norm expects a residual like the input, {:?} {:?}, got {:?} {:?}",
+            x.dims(),
+            x.dtype(),
+            residual.dims(),
+            residual.dtype()
+        )
+    }
+    check_device("the residual", residual, x)
+}
+
+fn check_device(what: &str, t: &Tensor, x: &Tensor) -> Result<()> {
+    if !t.device().same_device(x.device()) {
+        bail!(
+            "batch norm expects {what} on the input's device, {:?}, got {:?}",
+            x.device().location(),
+            t.device().location()
+        )
+    }
+    Ok(())
+}
+
+fn list(dtypes: &[DType]) -> String {
+    let names: Vec<_> = dtypes.iter().map(|dtype| format!("{dtype:?}")).collect();
+    names.join(" or ")
+}
+
+/// The order in which a tensor `[n, c, …]` lies in memory, as far as a kernel can use it.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) enum Order {
+    /// Contiguous, or to be made so by a copy.
+    ChannelsFirst,
+    /// The channels vary fastest: `[n, …, c]` is contiguous, a matrix `[m, c]` without a copy.
+    ChannelsLast,
+}
+
+impl Order {
+    pub fn of(x: &Tensor) -> Result<Self> {
+        if x.rank() > 2 && !x.is_contiguous() && channels_to_back(x)?.is_contiguous() {
+            return Ok(Self::ChannelsLast);
+        }
+        Ok(Self::ChannelsFirst)
+    }
+
+    /// `x` in the form that the kernels take: contiguous with the channels in dimension 1.
+    pub fn into_kernel(self, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::ChannelsFirst => x.contiguous(),
+            Self::ChannelsLast => channels_to_back(x)?
+                .contiguous()?
+                .reshape(((), x.dims()[1])),
+        }
+    }
+
+    /// `y` from the kernels in the shape, and in the order in memory, of the input `x`.
+    pub fn out_of_kernel(self, y: &Tensor, x: &Tensor) -> Result<Tensor> {
+        match self {
+            Self::ChannelsFirst => Ok(y.clone()),
+            Self::ChannelsLast => {
+                let mut dims = x.dims().to_vec();
+                let c = dims.remove(1);
+                dims.push(c);
+                let mut order: Vec<usize> = (0..dims.len() - 1).collect();
+                order.insert(1, dims.len() - 1);
+                y.reshape(dims)?.permute(order)
+            }
+        }
+    }
+}
+
+/// `[n, c, …]` as `[n, …, c]`, without a copy.
+fn channels_to_back(x: &Tensor) -> Result<Tensor> {
+    let mut order: Vec<usize> = (0..x.rank()).filter(|&dim| dim != 1).collect();
+    order.push(1);
+    x.permute(order)
+}
