@@ -170,7 +170,7 @@ enum Layer {
     Relu,
     MaxPool,
     Flatten,
-    Dropout(Dropout),
+    Dropout(Box<Dropout>),
 }
 
 impl ModuleT for Layer {
@@ -321,7 +321,7 @@ impl<'a> Builder<'a> {
         let dropout = Dropout::new(p, kind)?;
         dropout.reseed(0, self.dropouts as u64);
         self.dropouts += 1;
-        self.layers.push(Layer::Dropout(dropout));
+        self.layers.push(Layer::Dropout(Box::new(dropout)));
         Ok(())
     }
 
