@@ -1,0 +1,238 @@
+//! The command line, and what of it decides about the numbers.
+
+use std::path::PathBuf;
+
+use anyhow::{bail, Result};
+use candle_batch_norm::models::{Architecture, ModelConfig, Norm, Placement};
+use candle_batch_norm::BatchNormConfig;
+use candle_core::Device;
+use clap::{Parser, ValueEnum};
+use serde::{Deserialize, Serialize};
+
+use crate::data::Dataset;
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum ModelArg {
+    Mlp,
+    Cnn,
+    ConvNet,
+    ThreeBlock,
+    Regularised,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum PlacementArg {
+    Before,
+    After,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum NormArg {
+    Fused,
+    Candle,
+}
+
+#[derive(Clone, Copy, Debug, ValueEnum)]
+pub enum DeviceArg {
+    Auto,
+    Cpu,
+    Cuda,
+}
+
+/// Trains the same network with and without batch norm on MNIST and compares them.
+#[derive(Clone, Debug, Parser)]
+#[command(version)]
+pub struct Args {
+    /// The network to train twice
+    #[arg(long, value_enum, default_value = "mlp")]
+    pub model: ModelArg,
+    /// Batch norm before or after the activation
+    #[arg(long, value_enum, default_value = "before")]
+    pub placement: PlacementArg,
+    /// Whose batch norm: this crate's fused one, or candle-nn's
+    #[arg(long, value_enum, default_value = "fused")]
+    pub norm: NormArg,
+    /// Added to the variance in batch norm
+    #[arg(long, default_value_t = 1e-5)]
+    pub bn_eps: f64,
+    /// The weight of a new batch in the running statistics
+    #[arg(long, default_value_t = 0.1)]
+    pub bn_momentum: f64,
+    #[arg(long, default_value_t = 10)]
+    pub epochs: usize,
+    #[arg(long, default_value_t = 64)]
+    pub batch_size: usize,
+    /// Learning rate of the stochastic gradient descent
+    #[arg(long, default_value_t = 0.01)]
+    pub lr: f64,
+    /// Momentum of the stochastic gradient descent
+    #[arg(long, default_value_t = 0.9)]
+    pub momentum: f64,
+    /// Decides about initial weights, batches, dropout and drawn digits
+    #[arg(long, default_value_t = 42)]
+    pub seed: u64,
+    #[arg(long, value_enum, default_value = "auto")]
+    pub device: DeviceArg,
+    /// Folder with MNIST's four IDX files, plain or .gz; `drawn` draws digits instead
+    #[arg(long, value_name = "DIR")]
+    pub data: Option<PathBuf>,
+    /// Use only the first N training images, and a sixth as many test images
+    #[arg(long, value_name = "N")]
+    pub limit: Option<usize>,
+    /// Folder for chart, metrics and models
+    #[arg(long, value_name = "DIR", default_value = "runs/mnist_compare")]
+    pub out: PathBuf,
+    /// Go on after the last whole epoch in the folder of --out
+    #[arg(long)]
+    pub resume: bool,
+    /// Exit with code 1 if a model's last test accuracy is below this many percent
+    #[arg(long, value_name = "PERCENT")]
+    pub target_acc: Option<f64>,
+    /// No progress bar
+    #[arg(long)]
+    pub quiet: bool,
+}
+
+/// All that decides about the numbers of a run, beside the number of epochs.
+#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+pub struct Config {
+    pub version: String,
+    pub model: String,
+    pub placement: String,
+    pub norm: String,
+    pub bn_eps: f64,
+    pub bn_momentum: f64,
+    pub batch_size: usize,
+    pub lr: f64,
+    pub momentum: f64,
+    pub seed: u64,
+    pub device: String,
+    pub data: String,
+    pub train_images: usize,
+    pub test_images: usize,
+}
+
+impl Args {
+    /// Says what is out of range before any work is done.
+    pub fn check(&self) -> Result<()> {
+        if self.epochs == 0 {
+            bail!("--epochs should be at least 1, is 0")
+        }
+        if self.batch_size < 2 {
+            bail!("--batch-size should be at least 2, for batch norm needs more than one value, is {}",
+                self.batch_size)
+        }
+        if !(self.lr > 0.0 && self.lr.is_finite()) {
+            bail!("--lr should be a number above 0, is {}", self.lr)
+        }
+        if !(0.0..1.0).contains(&self.momentum) {
+            bail!(
+                "--momentum should be at least 0 and below 1, is {}",
+                self.momentum
+            )
+        }
+        if !(0.0..=1.0).contains(&self.bn_momentum) {
+            bail!(
+                "--bn-momentum should be from 0 to 1, is {}",
+                self.bn_momentum
+            )
+        }
+        if !(self.bn_eps > 0.0 && self.bn_eps.is_finite()) {
+            bail!("--bn-eps should be a number above 0, is {}", self.bn_eps)
+        }
+        if let Some(limit) = self.limit.filter(|&limit| limit < self.batch_size) {
+            bail!(
+                "--limit should leave at least a batch of {} images, is {limit}",
+                self.batch_size
+            )
+        }
+        if let Some(target) = self.target_acc.filter(|t| !(0.0..=100.0).contains(t)) {
+            bail!("--target-acc should be a percentage from 0 to 100, is {target}")
+        }
+        Ok(())
+    }
+
+    pub fn architecture(&self) -> Architecture {
+        match self.model {
+            ModelArg::Mlp => Architecture::Mlp,
+            ModelArg::Cnn => Architecture::Cnn,
+            ModelArg::ConvNet => Architecture::ConvNet,
+            ModelArg::ThreeBlock => Architecture::ThreeBlock,
+            ModelArg::Regularised => Architecture::Regularised,
+        }
+    }
+
+    pub fn model_config(&self, with_bn: bool) -> ModelConfig {
+        let norm = match self.norm {
+            _ if !with_bn => Norm::None,
+            NormArg::Fused => Norm::Batch(BatchNormConfig {
+                eps: self.bn_eps,
+                momentum: Some(self.bn_momentum),
+                ..Default::default()
+            }),
+            NormArg::Candle => Norm::CandleNn(candle_nn::BatchNormConfig {
+                eps: self.bn_eps,
+                momentum: self.bn_momentum,
+                ..Default::default()
+            }),
+        };
+        let placement = match self.placement {
+            PlacementArg::Before => Placement::BeforeActivation,
+            PlacementArg::After => Placement::AfterActivation,
+        };
+        ModelConfig { norm, placement }
+    }
+
+    pub fn open_device(&self) -> Result<Device> {
+        match self.device {
+            DeviceArg::Cpu => Ok(Device::Cpu),
+            DeviceArg::Auto if !cfg!(feature = "cuda") => Ok(Device::Cpu),
+            DeviceArg::Auto => Ok(Device::new_cuda(0).unwrap_or(Device::Cpu)),
+            DeviceArg::Cuda if !cfg!(feature = "cuda") => {
+                bail!("--device cuda needs a build with --features cuda")
+            }
+            DeviceArg::Cuda => Ok(Device::new_cuda(0)?),
+        }
+    }
+
+    pub fn describe(&self) -> String {
+        format!(
+            "{} with batch norm ({}, {} the activation) and without; SGD lr {} momentum {}, batch {}, {} epochs, seed {}",
+            name_of(&self.model), name_of(&self.norm), name_of(&self.placement),
+            self.lr, self.momentum, self.batch_size, self.epochs, self.seed
+        )
+    }
+
+    pub fn config(&self, device: &Device, data: &Dataset) -> Config {
+        Config {
+            version: env!("CARGO_PKG_VERSION").into(),
+            model: name_of(&self.model),
+            placement: name_of(&self.placement),
+            norm: name_of(&self.norm),
+            bn_eps: self.bn_eps,
+            bn_momentum: self.bn_momentum,
+            batch_size: self.batch_size,
+            lr: self.lr,
+            momentum: self.momentum,
+            seed: self.seed,
+            device: device_name(device).into(),
+            data: data.source.clone(),
+            train_images: data.train.len(),
+            test_images: data.test.len(),
+        }
+    }
+}
+
+fn name_of(value: &impl ValueEnum) -> String {
+    value
+        .to_possible_value()
+        .map_or_else(String::new, |value| value.get_name().to_string())
+}
+
+pub fn device_name(device: &Device) -> &'static str {
+    match device {
+        Device::Cpu => "cpu",
+        Device::Cuda(_) => "cuda",
+        Device::Metal(_) => "metal",
+    }
+}

@@ -1,0 +1,95 @@
+//! Trains the same network with and without batch norm on MNIST and compares them.
+//!
+//! `cargo run --release --example mnist_compare` needs neither flags nor a network; `--help` lists
+//! what can be chosen. From here the way goes down to `train` (the runs), which uses `data`
+//! (pictures and labels) and leaves its results to `state` (files to resume from) and `report`.
+
+mod args;
+mod chart;
+mod data;
+mod digits;
+mod idx;
+mod report;
+mod sgd;
+mod state;
+mod train;
+
+use std::process::ExitCode;
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::sync::Arc;
+
+use anyhow::{Context, Result};
+use clap::Parser;
+
+use args::Args;
+use train::Run;
+
+/// What a shell reports for a program that Ctrl-C ended.
+const INTERRUPTED: u8 = 130;
+
+fn main() -> ExitCode {
+    match compare(&Args::parse()) {
+        Ok(code) => code,
+        Err(error) => {
+            eprintln!("error: {error:#}");
+            ExitCode::FAILURE
+        }
+    }
+}
+
+fn compare(args: &Args) -> Result<ExitCode> {
+    args.check()?;
+    let device = args.open_device()?;
+    let data = data::load(args)?;
+    data.check(args.batch_size)?;
+    println!("device   {}", args::device_name(&device));
+    println!("data     {}", data.describe());
+    println!("model    {}", args.describe());
+    if data.drawn {
+        println!("\n*** This is not MNIST: no data was found, so the digits were drawn here.");
+        println!("*** Their accuracies say nothing about MNIST. Name its folder with --data DIR.");
+    }
+    std::fs::create_dir_all(&args.out)
+        .with_context(|| format!("cannot make the folder {}", args.out.display()))?;
+
+    let stop = stop_on_ctrl_c()?;
+    let config = args.config(&device, &data);
+    let mut runs = vec![];
+    for with_bn in [false, true] {
+        let mut run = Run::new(args, with_bn, &device)?;
+        if args.resume {
+            state::resume(&mut run, &config, &args.out)?;
+        }
+        println!("\n{}", run.title());
+        train::train(&mut run, args, &data, &stop, |run| {
+            state::save(run, &config, &args.out)
+        })?;
+        runs.push(run);
+        if stop.load(Ordering::Relaxed) {
+            break;
+        }
+    }
+
+    report::write_files(&runs, &config, &data, &args.out)?;
+    print!("\n{}", report::table(&runs));
+    println!("\nwritten to {}: batch_normalization_comparison.png and .svg, metrics.csv, metrics.json, and the models",
+        args.out.display());
+    if stop.load(Ordering::Relaxed) {
+        println!("stopped: the same command with --resume goes on after the last whole epoch");
+        return Ok(ExitCode::from(INTERRUPTED));
+    }
+    Ok(report::verdict(&runs, args.target_acc))
+}
+
+/// A flag that Ctrl-C sets. A second Ctrl-C ends the program at once; files are whole all the same.
+fn stop_on_ctrl_c() -> Result<Arc<AtomicBool>> {
+    let stop = Arc::new(AtomicBool::new(false));
+    let flag = stop.clone();
+    ctrlc::set_handler(move || {
+        if flag.swap(true, Ordering::Relaxed) {
+            std::process::exit(INTERRUPTED.into());
+        }
+    })
+    .context("cannot listen for Ctrl-C")?;
+    Ok(stop)
+}

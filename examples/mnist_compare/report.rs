@@ -1,0 +1,146 @@
+//! What is left at the end: a table, metrics as CSV and JSON, and the chart.
+
+use std::fmt::Write;
+use std::path::Path;
+use std::process::ExitCode;
+
+use anyhow::Result;
+use serde::Serialize;
+
+use crate::args::Config;
+use crate::chart;
+use crate::data::Dataset;
+use crate::state::write_whole;
+use crate::train::{Epoch, Run};
+
+/// The test accuracy whose first epoch the table names.
+const MILESTONE: f64 = 0.97;
+
+/// One row of metrics.csv.
+#[derive(Serialize)]
+struct Row<'a> {
+    model: &'a str,
+    epoch: usize,
+    train_loss: f64,
+    train_accuracy: f64,
+    test_loss: f64,
+    test_accuracy: f64,
+    seconds: f64,
+    data: &'a str,
+}
+
+pub fn write_files(runs: &[Run], config: &Config, data: &Dataset, dir: &Path) -> Result<()> {
+    let mut csv = csv::Writer::from_writer(vec![]);
+    for run in runs {
+        for (i, epoch) in run.history.iter().enumerate() {
+            let Epoch {
+                train_loss,
+                train_accuracy,
+                test_loss,
+                test_accuracy,
+                seconds,
+            } = *epoch;
+            csv.serialize(Row {
+                model: run.key(),
+                epoch: i + 1,
+                train_loss,
+                train_accuracy,
+                test_loss,
+                test_accuracy,
+                seconds,
+                data: &data.source,
+            })?;
+        }
+    }
+    write_whole(&dir.join("metrics.csv"), &csv.into_inner()?)?;
+
+    let models: serde_json::Map<_, _> = runs
+        .iter()
+        .map(|run| Ok((run.key().to_string(), serde_json::to_value(&run.history)?)))
+        .collect::<Result<_>>()?;
+    let json = serde_json::json!({ "config": config, "epochs": models });
+    write_whole(
+        &dir.join("metrics.json"),
+        serde_json::to_string_pretty(&json)?.as_bytes(),
+    )?;
+
+    let title = format!(
+        "{} on {}: with and without batch norm",
+        config.model.to_uppercase(),
+        data.source
+    );
+    chart::draw(runs, &title, &dir.join("batch_normalization_comparison"))
+}
+
+/// Both models side by side, after the first epoch and the last.
+pub fn table(runs: &[Run]) -> String {
+    let mut table = String::new();
+    let mut line = |label: &str, cell: &dyn Fn(&Run) -> String| {
+        let _ = write!(table, "{label:<34}");
+        for run in runs {
+            let _ = write!(table, "{:>22}", cell(run));
+        }
+        table.push('\n');
+    };
+    line("", &|run| run.title().into());
+    type Pick = fn(&[Epoch]) -> Option<&Epoch>;
+    let picks: [(&str, Pick); 2] = [("epoch 1", |h| h.first()), ("last epoch", |h| h.last())];
+    for (when, pick) in picks {
+        let number =
+            |run: &Run, f: &dyn Fn(&Epoch) -> String| pick(&run.history).map_or("–".into(), f);
+        line(&format!("{when}: train loss"), &|run| {
+            number(run, &|e| format!("{:.4}", e.train_loss))
+        });
+        line(&format!("{when}: train accuracy"), &|run| {
+            number(run, &|e| percent(e.train_accuracy))
+        });
+        line(&format!("{when}: test loss"), &|run| {
+            number(run, &|e| format!("{:.4}", e.test_loss))
+        });
+        line(&format!("{when}: test accuracy"), &|run| {
+            number(run, &|e| percent(e.test_accuracy))
+        });
+    }
+    line("epochs", &|run| run.history.len().to_string());
+    line("time per epoch", &|run| {
+        let seconds: f64 = run.history.iter().map(|e| e.seconds).sum();
+        match run.history.len() {
+            0 => "–".into(),
+            epochs => format!("{:.2} s", seconds / epochs as f64),
+        }
+    });
+    line("epochs to 97 % test accuracy", &|run| {
+        let first = run
+            .history
+            .iter()
+            .position(|e| e.test_accuracy >= MILESTONE);
+        first.map_or("–".into(), |i| (i + 1).to_string())
+    });
+    table
+}
+
+fn percent(fraction: f64) -> String {
+    format!("{:.2} %", fraction * 100.0)
+}
+
+/// Fails if a model ended below the target (in percent).
+pub fn verdict(runs: &[Run], target: Option<f64>) -> ExitCode {
+    let Some(target) = target else {
+        return ExitCode::SUCCESS;
+    };
+    let mut code = ExitCode::SUCCESS;
+    for run in runs {
+        let last = run
+            .history
+            .last()
+            .map_or(0.0, |epoch| epoch.test_accuracy * 100.0);
+        if last < target {
+            println!(
+                "{}: test accuracy {last:.2} % is below the target of {target} %",
+                run.title()
+            );
+            code = ExitCode::FAILURE;
+        }
+    }
+    code
+}

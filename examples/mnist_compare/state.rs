@@ -1,0 +1,213 @@
+//! Files to resume from: one for each model, with its variables, its optimiser and its history, so
+//! that these cannot disagree; and the trained model by itself. All are replaced whole or not at all.
+
+use std::collections::HashMap;
+use std::io::Write;
+use std::path::Path;
+
+use anyhow::{bail, Context, Result};
+use candle_core::{Device, Tensor};
+use safetensors::SafeTensors;
+
+use crate::args::Config;
+use crate::sgd::sorted;
+use crate::train::{Epoch, Run};
+
+const HISTORY: &str = "history";
+
+/// Writes `{key}.safetensors`, for `VarMap::load`, and `{key}.resume.safetensors`.
+pub fn save(run: &Run, config: &Config, dir: &Path) -> Result<()> {
+    let vars = sorted(&run.vars);
+    let model: Vec<_> = vars
+        .iter()
+        .map(|(name, var)| (name.clone(), var.as_tensor()))
+        .collect();
+    let model = safetensors::serialize(model, None)?;
+
+    let mut tensors = vec![(HISTORY.to_string(), history_tensor(&run.history)?)];
+    for (name, var) in vars {
+        tensors.push((format!("model.{name}"), var.as_tensor().clone()));
+    }
+    for ((name, _), velocity) in run.sgd.vars.iter().zip(&run.sgd.velocities) {
+        if let Some(velocity) = velocity {
+            tensors.push((format!("velocity.{name}"), velocity.clone()));
+        }
+    }
+    let metadata = HashMap::from([("config".to_string(), serde_json::to_string(config)?)]);
+    let tensors = tensors.iter().map(|(name, tensor)| (name, tensor));
+    let resume = safetensors::serialize(tensors, Some(metadata))?;
+
+    write_whole(
+        &dir.join(format!("{}.resume.safetensors", run.key())),
+        &resume,
+    )?;
+    write_whole(&dir.join(format!("{}.safetensors", run.key())), &model)
+}
+
+/// Takes a run up where [`save`] left it, if there is something to take up.
+pub fn resume(run: &mut Run, config: &Config, dir: &Path) -> Result<()> {
+    let path = dir.join(format!("{}.resume.safetensors", run.key()));
+    if !path.exists() {
+        println!(
+            "{}: nothing to resume in {}, so it starts anew",
+            run.title(),
+            dir.display()
+        );
+        return Ok(());
+    }
+    let bytes = std::fs::read(&path).with_context(|| format!("cannot read {}", path.display()))?;
+    restore(run, config, &bytes).with_context(|| format!("cannot resume from {}", path.display()))
+}
+
+fn restore(run: &mut Run, config: &Config, bytes: &[u8]) -> Result<()> {
+    let (_, metadata) = SafeTensors::read_metadata(bytes)?;
+    let saved = metadata
+        .metadata()
+        .as_ref()
+        .and_then(|metadata| metadata.get("config"));
+    let saved: Config = serde_json::from_str(saved.context("it has no configuration")?)?;
+    check_same(&saved, config)?;
+
+    let tensors = candle_core::safetensors::load_buffer(bytes, &Device::Cpu)?;
+    let get = |name: String| -> Result<Tensor> {
+        let tensor = tensors
+            .get(&name)
+            .with_context(|| format!("it has no {name}"))?;
+        Ok(tensor.to_device(&run.device)?)
+    };
+    let history = history_of(&get(HISTORY.to_string())?)?;
+    // All is read before anything is changed.
+    let vars = sorted(&run.vars)
+        .into_iter()
+        .map(|(name, var)| Ok((var, get(format!("model.{name}"))?)))
+        .collect::<Result<Vec<_>>>()?;
+    let velocities = run
+        .sgd
+        .vars
+        .iter()
+        .map(|(name, _)| get(format!("velocity.{name}")).ok())
+        .collect();
+    for (var, value) in vars {
+        var.set(&value)?;
+    }
+    run.sgd.velocities = velocities;
+    run.history = history;
+    Ok(())
+}
+
+/// Names everything in which a saved run differs.
+fn check_same(saved: &Config, config: &Config) -> Result<()> {
+    if saved == config {
+        return Ok(());
+    }
+    let (saved, now) = (serde_json::to_value(saved)?, serde_json::to_value(config)?);
+    let differences: Vec<_> = now
+        .as_object()
+        .into_iter()
+        .flatten()
+        .filter(|(name, value)| saved.get(name) != Some(value))
+        .map(|(name, value)| format!("{name} was {}, is {value}", saved[name]))
+        .collect();
+    bail!("it is of another run: {}", differences.join("; "))
+}
+
+fn history_tensor(history: &[Epoch]) -> Result<Tensor> {
+    let values: Vec<f64> = history
+        .iter()
+        .flat_map(|e| {
+            [
+                e.train_loss,
+                e.train_accuracy,
+                e.test_loss,
+                e.test_accuracy,
+                e.seconds,
+            ]
+        })
+        .collect();
+    Ok(Tensor::from_vec(values, (history.len(), 5), &Device::Cpu)?)
+}
+
+fn history_of(tensor: &Tensor) -> Result<Vec<Epoch>> {
+    let rows = tensor.to_device(&Device::Cpu)?.to_vec2::<f64>()?;
+    rows.into_iter()
+        .map(|row| match row[..] {
+            [train_loss, train_accuracy, test_loss, test_accuracy, seconds] => Ok(Epoch {
+                train_loss,
+                train_accuracy,
+                test_loss,
+                test_accuracy,
+                seconds,
+            }),
+            _ => bail!("its history has {} columns, expected 5", row.len()),
+        })
+        .collect()
+}
+
+/// Replaces a file by a new one in one step: a reader sees the old or the new, never half of it.
+pub fn write_whole(path: &Path, bytes: &[u8]) -> Result<()> {
+    let dir = path.parent().context("a file needs a folder")?;
+    let write = || -> Result<()> {
+        let mut builder = tempfile::Builder::new();
+        #[cfg(unix)] // as any new file: temporary ones are for their owner alone
+        builder.permissions(std::os::unix::fs::PermissionsExt::from_mode(0o666));
+        let mut file = builder.tempfile_in(dir)?;
+        file.write_all(bytes)?;
+        file.as_file().sync_all()?;
+        file.persist(path)?;
+        Ok(())
+    };
+    write().with_context(|| format!("cannot write {}", path.display()))
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::args::Args;
+    use crate::data;
+    use crate::train::train;
+    use clap::Parser;
+    use std::sync::atomic::AtomicBool;
+
+    fn losses(run: &Run) -> Vec<[f64; 4]> {
+        let numbers = |e: &Epoch| [e.train_loss, e.train_accuracy, e.test_loss, e.test_accuracy];
+        run.history.iter().map(numbers).collect()
+    }
+
+    #[test]
+    fn a_resumed_run_has_the_numbers_of_a_whole_one() -> Result<()> {
+        let args = |epochs| {
+            let args = [
+                "mnist_compare",
+                "--data",
+                "drawn",
+                "--limit",
+                "256",
+                "--epochs",
+                epochs,
+            ];
+            Args::parse_from(args)
+        };
+        let (never, dir) = (AtomicBool::new(false), tempfile::tempdir()?);
+        let data = data::load(&args("1"))?;
+        let config = args("1").config(&Device::Cpu, &data);
+        let mut whole = Run::new(&args("3"), true, &Device::Cpu)?;
+        train(&mut whole, &args("3"), &data, &never, |_| Ok(()))?;
+
+        let mut first = Run::new(&args("1"), true, &Device::Cpu)?;
+        train(&mut first, &args("1"), &data, &never, |run| {
+            save(run, &config, dir.path())
+        })?;
+        let mut second = Run::new(&args("3"), true, &Device::Cpu)?;
+        resume(&mut second, &config, dir.path())?;
+        train(&mut second, &args("3"), &data, &never, |_| Ok(()))?;
+        assert_eq!(losses(&second), losses(&whole));
+
+        let other = Config { lr: 0.5, ..config };
+        let error = resume(&mut second, &other, dir.path()).unwrap_err();
+        assert!(
+            format!("{error:#}").contains("lr was 0.01, is 0.5"),
+            "{error:#}"
+        );
+        Ok(())
+    }
+}

@@ -1,0 +1,294 @@
+//! The training of one model: epochs of steps, and what came of them.
+
+use std::sync::atomic::{AtomicBool, Ordering};
+use std::time::Instant;
+
+use anyhow::Result;
+use candle_batch_norm::models::{Architecture, Model};
+use candle_core::{DType, Device, ModuleT, Tensor};
+use candle_nn::{loss, VarBuilder, VarMap};
+use indicatif::{ProgressBar, ProgressStyle};
+use rand::{Rng, SeedableRng};
+use rand_chacha::ChaCha8Rng;
+use serde::Serialize;
+
+use crate::args::Args;
+use crate::data::{shuffled, Dataset, Split};
+use crate::sgd::{sorted, Sgd};
+
+/// Test images that are evaluated at a time.
+const EVAL_BATCH: usize = 1000;
+
+/// After so many steps the sums come from the device; each time costs it a pause.
+const STEPS_BETWEEN_READS: usize = 20;
+
+/// What one epoch came to. Accuracies are fractions, over the whole epoch and the whole test set.
+#[derive(Clone, Copy, Debug, PartialEq, Serialize)]
+pub struct Epoch {
+    pub train_loss: f64,
+    pub train_accuracy: f64,
+    pub test_loss: f64,
+    pub test_accuracy: f64,
+    /// Of the training, without the test.
+    pub seconds: f64,
+}
+
+/// A model in training.
+pub struct Run {
+    pub with_bn: bool,
+    pub vars: VarMap,
+    pub sgd: Sgd,
+    pub history: Vec<Epoch>,
+    pub device: Device,
+    model: Model,
+}
+
+impl Run {
+    pub fn new(args: &Args, with_bn: bool, device: &Device) -> Result<Self> {
+        let vars = VarMap::new();
+        let vb = VarBuilder::from_varmap(&vars, DType::F32, device);
+        let model = Model::new(args.architecture(), &args.model_config(with_bn), vb)?;
+        initialise(&vars, args.seed)?;
+        Ok(Self {
+            with_bn,
+            sgd: Sgd::new(&vars, args.lr, args.momentum),
+            vars,
+            history: vec![],
+            device: device.clone(),
+            model,
+        })
+    }
+
+    /// For people.
+    pub fn title(&self) -> &'static str {
+        match self.with_bn {
+            true => "with batch norm",
+            false => "without batch norm",
+        }
+    }
+
+    /// For names of files and columns.
+    pub fn key(&self) -> &'static str {
+        match self.with_bn {
+            true => "with_bn",
+            false => "without_bn",
+        }
+    }
+
+    fn input_shape(&self) -> [usize; 3] {
+        Architecture::input_shape(self.model.architecture())
+    }
+}
+
+/// Trains up to the last epoch, and calls `after_epoch` after each. Stops soon after `stop` is set;
+/// the epoch that was under way then counts for nothing.
+pub fn train(
+    run: &mut Run,
+    args: &Args,
+    data: &Dataset,
+    stop: &AtomicBool,
+    after_epoch: impl Fn(&Run) -> Result<()>,
+) -> Result<()> {
+    for (i, epoch) in run.history.iter().enumerate() {
+        println!("{}  (from before)", line(i, args.epochs, epoch));
+    }
+    for index in run.history.len()..args.epochs {
+        let started = Instant::now();
+        let Some((train_loss, train_accuracy)) = train_epoch(run, args, data, index, stop)? else {
+            return Ok(());
+        };
+        let seconds = started.elapsed().as_secs_f64();
+        let (test_loss, test_accuracy) = evaluate(run, &data.test)?;
+        run.history.push(Epoch {
+            train_loss,
+            train_accuracy,
+            test_loss,
+            test_accuracy,
+            seconds,
+        });
+        after_epoch(run)?;
+        println!("{}", line(index, args.epochs, &run.history[index]));
+    }
+    Ok(())
+}
+
+fn line(index: usize, epochs: usize, epoch: &Epoch) -> String {
+    format!(
+        "  epoch {:>2}/{epochs}  train loss {:.4} accuracy {:>5.2} %  {:>6.2} s   test loss {:.4} accuracy {:>5.2} %",
+        index + 1,
+        epoch.train_loss,
+        epoch.train_accuracy * 100.0,
+        epoch.seconds,
+        epoch.test_loss,
+        epoch.test_accuracy * 100.0
+    )
+}
+
+/// Mean loss and accuracy over the epoch's batches, or nothing if it was stopped.
+fn train_epoch(
+    run: &mut Run,
+    args: &Args,
+    data: &Dataset,
+    index: usize,
+    stop: &AtomicBool,
+) -> Result<Option<(f64, f64)>> {
+    // Each epoch starts its random numbers anew, so that a resumed run has those of a whole one.
+    run.model
+        .reseed_dropout(args.seed ^ ((index as u64 + 1) << 32));
+    let order = shuffled(data.train.len(), args.seed, index);
+    // The last batch, if it is not whole, is left out: it would have statistics of its own.
+    let batches: Vec<_> = order.chunks_exact(args.batch_size).collect();
+    let bar = progress(args, index, batches.len());
+    let mut sums = Sums::default();
+    for (step, indices) in batches.iter().enumerate() {
+        if stop.load(Ordering::Relaxed) {
+            bar.finish_and_clear();
+            return Ok(None);
+        }
+        let (x, labels) = data.train.batch(indices, run.input_shape(), &run.device)?;
+        let logits = run.model.forward_t(&x, true)?;
+        let loss = loss::cross_entropy(&logits, &labels)?;
+        run.sgd.step(&loss.backward()?)?;
+        sums.add(&logits, &labels, &loss)?;
+        if (step + 1) % STEPS_BETWEEN_READS == 0 || step + 1 == batches.len() {
+            sums.read()?;
+            let rate = (step + 1) as f64 * args.batch_size as f64 / bar.elapsed().as_secs_f64();
+            bar.set_message(format!("loss {:.4}  {rate:.0} images/s", sums.mean().0));
+            bar.set_position(step as u64 + 1);
+        }
+    }
+    bar.finish_and_clear();
+    Ok(Some(sums.mean()))
+}
+
+fn evaluate(run: &Run, split: &Split) -> Result<(f64, f64)> {
+    let mut sums = Sums::default();
+    let indices: Vec<usize> = (0..split.len()).collect();
+    for indices in indices.chunks(EVAL_BATCH) {
+        let (x, labels) = split.batch(indices, run.input_shape(), &run.device)?;
+        let logits = run.model.forward_t(&x, false)?;
+        let loss = loss::cross_entropy(&logits, &labels)?;
+        sums.add(&logits, &labels, &loss)?;
+        sums.read()?;
+    }
+    Ok(sums.mean())
+}
+
+fn progress(args: &Args, index: usize, steps: usize) -> ProgressBar {
+    if args.quiet {
+        return ProgressBar::hidden();
+    }
+    let style = ProgressStyle::with_template("  {prefix} {bar:30} {pos}/{len}  {msg}");
+    let bar = ProgressBar::new(steps as u64);
+    bar.set_prefix(format!("epoch {:>2}/{}", index + 1, args.epochs));
+    bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+}
+
+/// Loss and right answers, summed on the device and read from time to time.
+#[derive(Default)]
+struct Sums {
+    on_device: Option<(Tensor, Tensor)>,
+    loss: f64,
+    right: f64,
+    count: usize,
+}
+
+impl Sums {
+    fn add(&mut self, logits: &Tensor, labels: &Tensor, loss: &Tensor) -> Result<()> {
+        let count = labels.elem_count();
+        let loss = (loss.detach() * count as f64)?;
+        let right = logits
+            .detach()
+            .argmax(1)?
+            .eq(labels)?
+            .to_dtype(DType::F32)?
+            .sum_all()?;
+        self.count += count;
+        self.on_device = Some(match &self.on_device {
+            None => (loss, right),
+            Some((loss_sum, right_sum)) => ((loss_sum + loss)?, (right_sum + right)?),
+        });
+        Ok(())
+    }
+
+    fn read(&mut self) -> Result<()> {
+        if let Some((loss, right)) = self.on_device.take() {
+            self.loss += f64::from(loss.to_scalar::<f32>()?);
+            self.right += f64::from(right.to_scalar::<f32>()?);
+        }
+        Ok(())
+    }
+
+    /// Mean loss and accuracy, of what has been read.
+    fn mean(&self) -> (f64, f64) {
+        let count = self.count.max(1) as f64;
+        (self.loss / count, self.right / count)
+    }
+}
+
+/// PyTorch's initial weights for linear and convolution layers, uniform in ±1/√fan_in.
+///
+/// Each variable has random numbers of its own, by seed and name: what two models share, they start
+/// with alike, on every device. What belongs to batch norm stays as it was built.
+fn initialise(vars: &VarMap, seed: u64) -> Result<()> {
+    let vars = sorted(vars);
+    for (name, var) in &vars {
+        let Some((layer, _)) = name.rsplit_once('.') else {
+            continue;
+        };
+        if !(layer.starts_with("conv") || layer.starts_with("fc")) {
+            continue;
+        }
+        let weight = vars
+            .iter()
+            .find(|(other, _)| *other == format!("{layer}.weight"));
+        let fan_in: usize = weight.map_or(1, |(_, weight)| weight.dims()[1..].iter().product());
+        let bound = 1.0 / (fan_in as f32).sqrt();
+        let mut rng = ChaCha8Rng::seed_from_u64(seed ^ fnv1a(name));
+        let values: Vec<f32> = (0..var.elem_count())
+            .map(|_| bound * (2.0 * rng.random::<f32>() - 1.0))
+            .collect();
+        var.set(&Tensor::from_vec(values, var.dims(), var.device())?)?;
+    }
+    Ok(())
+}
+
+/// A hash that is the same in every release and on every machine.
+fn fnv1a(text: &str) -> u64 {
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use clap::Parser;
+
+    #[test]
+    fn both_models_start_alike() -> Result<()> {
+        for model in ["mlp", "cnn", "regularised"] {
+            let args = Args::parse_from(["mnist_compare", "--model", model]);
+            let without = Run::new(&args, false, &Device::Cpu)?;
+            let with = Run::new(&args, true, &Device::Cpu)?;
+            let with = with.vars.data().lock().unwrap();
+            let mut shared = 0;
+            for (name, var) in sorted(&without.vars) {
+                let other = with[&name].flatten_all()?.to_vec1::<f32>()?;
+                let values = var.flatten_all()?.to_vec1::<f32>()?;
+                assert_eq!(values, other, "{model} {name}");
+                assert!(
+                    values.iter().any(|&v| v != values[0]),
+                    "{model} {name} is constant"
+                );
+                shared += 1;
+            }
+            assert!(
+                shared >= 6 && with.len() > shared,
+                "{model}: {shared} of {}",
+                with.len()
+            );
+        }
+        Ok(())
+    }
+}
