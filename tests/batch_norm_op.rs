@@ -147,11 +147,23 @@ impl Got {
         };
         let y = values(&self.y)?;
         assert_close(&format!("{what} y"), &y, &truth.y, absolute, relative);
-        assert_close(&format!("{what} dx"), &self.dx, &truth.dx, absolute, relative);
+        assert_close(
+            &format!("{what} dx"),
+            &self.dx,
+            &truth.dx,
+            absolute,
+            relative,
+        );
         if let Some(stats) = &self.stats {
             let (mean, var) = (values(&stats.mean()?)?, values(&stats.var()?)?);
             let scale = truth.mean.iter().fold(1.0, |a: f64, b| a.max(b.abs()));
-            assert_close(&format!("{what} mean"), &mean, &truth.mean, 1e-7 + scale * 1e-12, 0.0);
+            assert_close(
+                &format!("{what} mean"),
+                &mean,
+                &truth.mean,
+                1e-7 + scale * 1e-12,
+                0.0,
+            );
             assert_close(&format!("{what} var"), &var, &truth.var, 1e-12, 1e-6);
         }
         let sums = [
@@ -279,7 +291,11 @@ fn offsets_cost_no_accuracy() -> Result<()> {
                 for options in Options::some().filter(|o| !o.given) {
                     let case = case(shape, options, DType::F32, offset)?;
                     let got = run(&case, DType::F32, DType::F32, &device, |x| Ok(x.clone()))?;
-                    got.check(&format!("{shape:?} offset {offset}"), DType::F32, DType::F32)?;
+                    got.check(
+                        &format!("{shape:?} offset {offset}"),
+                        DType::F32,
+                        DType::F32,
+                    )?;
                 }
             }
         }
@@ -336,7 +352,12 @@ fn layouts_do_not_matter() -> Result<()> {
 #[test]
 fn channels_last_stays_channels_last() -> Result<()> {
     for device in devices() {
-        let x = tensor(&random(1, 2 * 4 * 5 * 3, 0.0), &[2, 4, 5, 3], DType::F32, &device)?;
+        let x = tensor(
+            &random(1, 2 * 4 * 5 * 3, 0.0),
+            &[2, 4, 5, 3],
+            DType::F32,
+            &device,
+        )?;
         let x = x.permute((0, 3, 1, 2))?;
         let (y, _) = batch_norm_train(&x, &BatchNormArgs::new())?;
         assert_eq!(y.layout().stride(), x.layout().stride());
@@ -347,10 +368,18 @@ fn channels_last_stays_channels_last() -> Result<()> {
 #[test]
 fn parameters_may_be_views() -> Result<()> {
     for device in devices() {
-        let mut case = case(&[6, 3, 4], Options::all().nth(3).expect("options"), DType::F32, 0.0)?;
+        let mut case = case(
+            &[6, 3, 4],
+            Options::all().nth(3).expect("options"),
+            DType::F32,
+            0.0,
+        )?;
         let table = tensor(&random(8, 3 * 4, 1.0), &[3, 4], DType::F32, &device)?;
         let x = tensor(&case.x, &case.shape, DType::F32, &device)?;
-        let (weight, bias) = (table.narrow(1, 1, 1)?.squeeze(1)?, table.get(2)?.narrow(0, 1, 3)?);
+        let (weight, bias) = (
+            table.narrow(1, 1, 1)?.squeeze(1)?,
+            table.get(2)?.narrow(0, 1, 3)?,
+        );
         case.weight = Some(values(&weight)?);
         case.bias = Some(values(&bias)?);
         let args = BatchNormArgs {
@@ -376,7 +405,11 @@ fn finite_differences_agree() -> Result<()> {
                     let mut moved = case.clone();
                     change(&mut moved);
                     let got = run(&moved, DType::F64, DType::F64, &device, |x| Ok(x.clone()))?;
-                    Ok(values(&got.y)?.iter().zip(&case.dy).map(|(y, dy)| y * dy).sum())
+                    Ok(values(&got.y)?
+                        .iter()
+                        .zip(&case.dy)
+                        .map(|(y, dy)| y * dy)
+                        .sum())
                 };
                 let h = 1e-6;
                 let slope = |field: &dyn Fn(&mut Case) -> &mut f64| -> Result<f64> {
@@ -386,7 +419,13 @@ fn finite_differences_agree() -> Result<()> {
                 };
                 for i in 0..case.x.len() {
                     let slope = slope(&|case| &mut case.x[i])?;
-                    assert_close(&format!("dx {i} {options:?}"), &[got.dx[i]], &[slope], 1e-7, 1e-6);
+                    assert_close(
+                        &format!("dx {i} {options:?}"),
+                        &[got.dx[i]],
+                        &[slope],
+                        1e-7,
+                        1e-6,
+                    );
                 }
                 let params = [(&got.dweight, 0), (&got.dbias, 1)];
                 for (grads, which) in params {
@@ -395,7 +434,13 @@ fn finite_differences_agree() -> Result<()> {
                             let field = [&mut case.weight, &mut case.bias];
                             &mut field.into_iter().nth(which).unwrap().as_mut().unwrap()[i]
                         })?;
-                        assert_close(&format!("parameter {which}"), &[*grad], &[slope], 1e-7, 1e-6);
+                        assert_close(
+                            &format!("parameter {which}"),
+                            &[*grad],
+                            &[slope],
+                            1e-7,
+                            1e-6,
+                        );
                     }
                 }
                 for (i, grad) in got.dresidual.iter().flatten().enumerate() {

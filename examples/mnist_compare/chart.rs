@@ -23,7 +23,7 @@ struct Panel {
 const PANELS: [Panel; 4] = [
     Panel {
         title: "Training loss",
-        axis: "cross-entropy",
+        axis: "loss",
         value: |e| e.train_loss,
     },
     Panel {
@@ -33,7 +33,7 @@ const PANELS: [Panel; 4] = [
     },
     Panel {
         title: "Test loss",
-        axis: "cross-entropy",
+        axis: "loss",
         value: |e| e.test_loss,
     },
     Panel {
@@ -78,7 +78,7 @@ where
     B::ErrorType: 'static,
 {
     root.fill(&WHITE)?;
-    let below = root.titled(title, ("sans-serif", 28))?;
+    let below = root.margin(14, 0, 0, 0).titled(title, ("sans-serif", 28))?;
     for (area, panel) in below.split_evenly((2, 2)).iter().zip(&PANELS) {
         draw_panel(area, runs, panel)?;
     }
