@@ -171,7 +171,8 @@ mod tests {
 
     #[test]
     fn errors_name_file_and_byte() {
-        let cases: [(&str, &dyn Fn(&mut Vec<u8>, &mut Vec<u8>)); 8] = [
+        type Change = dyn Fn(&mut Vec<u8>, &mut Vec<u8>);
+        let cases: [(&str, &Change); 8] = [
             ("", &|_, _| ()),
             (
                 "train-images-idx3-ubyte: at byte 1583: the file ends, expected 1584",

@@ -244,6 +244,7 @@ impl BatchNorm {
         Some(count.as_tensor())
     }
 
+    /// What is added to the variance under the root.
     pub fn eps(&self) -> f64 {
         self.config.eps
     }

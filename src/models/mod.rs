@@ -79,17 +79,24 @@ pub enum Placement {
 /// What can be chosen about a model beside its architecture.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub struct ModelConfig {
+    /// The normalisation after every hidden layer.
     pub norm: Norm,
+    /// Its place.
     pub placement: Placement,
 }
 
 /// The networks that this module defines. All of them give 10 logits.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Architecture {
+    /// 784-256-128-10 on 28×28 pixels.
     Mlp,
+    /// Two convolutions (32, 64) and a dense layer (128), on 28×28 pixels.
     Cnn,
+    /// Two convolutions (64, 128) and a dense layer (512), on 3×32×32.
     ConvNet,
+    /// Three convolutions (32, 64, 128) and a dense layer (256), on 3×32×32.
     ThreeBlock,
+    /// [`ConvNet`](Self::ConvNet) with dropout.
     Regularised,
 }
 
@@ -97,6 +104,7 @@ pub enum Architecture {
 pub const CLASSES: usize = 10;
 
 impl Architecture {
+    /// Every architecture.
     pub const ALL: [Self; 5] = [
         Self::Mlp,
         Self::Cnn,
@@ -211,6 +219,7 @@ impl Model {
         })
     }
 
+    /// What the model was built as.
     pub fn architecture(&self) -> Architecture {
         self.architecture
     }

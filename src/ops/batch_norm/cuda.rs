@@ -11,6 +11,7 @@ use cudarc::driver::{
 use half::{bf16, f16};
 
 use super::cpu::Wants;
+use super::division::{Division, THREADS};
 use super::op::{BackwardTensors, BatchNormOp, Operand, Operands, TensorGrads};
 use super::running::MoveTowards;
 use super::{Activation, Spec};
@@ -23,28 +24,12 @@ mod ptx {
 /// The name under which candle keeps the compiled module; it is global to the process.
 const MODULE: &str = concat!("candle-batch-norm ", env!("CARGO_PKG_VERSION"));
 
-/// Threads of every block, `THREADS` in kernels/common.cuh.
-const THREADS: usize = 256;
-
 /// The pointer that stands for an absent tensor.
 const NULL: u64 = 0;
 
 /// A dtype that the kernels are compiled for.
 trait Kernel: CudaDType + DeviceRepr + candle_core::WithDType {}
 impl<T: CudaDType + DeviceRepr + candle_core::WithDType> Kernel for T {}
-
-/// Calls a function that is generic over the dtype.
-macro_rules! dispatch {
-    ($dtype:expr, $f:ident($($arg:expr),*)) => {
-        match $dtype {
-            DType::F32 => $f::<f32>($($arg),*),
-            DType::F64 => $f::<f64>($($arg),*),
-            DType::F16 => $f::<f16>($($arg),*),
-            DType::BF16 => $f::<bf16>($($arg),*),
-            dtype => bail!("batch norm has no kernel for {dtype:?}"),
-        }
-    };
-}
 
 /// `struct Problem` of kernels/common.cuh, which says what the fields mean.
 #[repr(C)]
@@ -94,52 +79,19 @@ fn dtype_code(dtype: DType) -> i32 {
     }
 }
 
-/// How a tensor is divided among blocks.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-struct Division {
-    /// Neighbouring channels of a block.
-    width: usize,
-    /// Blocks that share the values of a channel.
-    splits: usize,
-    blocks: usize,
+/// How `dims` are divided among the blocks of `device`.
+fn division_on(dims: Dims, device: &CudaDevice) -> Result<Division> {
+    let context = device.cuda_stream().context().clone();
+    let multiprocessors = context
+        .attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
+        .w()?;
+    Ok(Division::new(dims, multiprocessors.max(1) as usize))
 }
 
-impl Division {
-    /// Enough blocks to fill the device four times, as long as a thread keeps a chunk of values.
-    fn new(dims: Dims, multiprocessors: usize) -> Self {
-        const CHUNK: usize = 8;
-        const MOST_SPLITS: usize = 256;
-        let width = if dims.s == 1 { 32 } else { 1 };
-        let tiles = dims.c.div_ceil(width);
-        let values_of_a_block = CHUNK * THREADS / width;
-        let splits = (4 * multiprocessors)
-            .div_ceil(tiles)
-            .min(dims.m().div_ceil(values_of_a_block))
-            .clamp(1, MOST_SPLITS);
-        Self {
-            width,
-            splits,
-            blocks: tiles * splits,
-        }
-    }
-
-    fn on(dims: Dims, device: &CudaDevice) -> Result<Self> {
-        let context = device.cuda_stream().context().clone();
-        let multiprocessors = context
-            .attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
-            .w()?;
-        Ok(Self::new(dims, multiprocessors.max(1) as usize))
-    }
-
-    fn config(&self) -> Result<LaunchConfig> {
-        launch_config(self.blocks)
-    }
-
-    /// Room for two numbers of every part of every channel.
-    fn partials(&self, dims: Dims, device: &CudaDevice) -> Result<CudaSlice<f64>> {
-        // SAFETY: the first pass writes every value before the second reads it.
-        unsafe { device.alloc(2 * dims.c * self.splits) }
-    }
+/// Room for two numbers of every part of every channel.
+fn partials(division: Division, dims: Dims, device: &CudaDevice) -> Result<CudaSlice<f64>> {
+    // SAFETY: the first pass writes every value before the second reads it.
+    unsafe { device.alloc(2 * dims.c * division.splits) }
 }
 
 fn launch_config(blocks: usize) -> Result<LaunchConfig> {
@@ -248,8 +200,8 @@ fn forward_as<T: Kernel>(
     let device = operands.x.0.device().clone();
     let stream = device.cuda_stream();
     let dims = spec.dims;
-    let division = Division::on(dims, &device)?;
-    let config = division.config()?;
+    let division = division_on(dims, &device)?;
+    let config = launch_config(division.blocks)?;
     let given_dtype = given.map(|(mean, _)| mean.dtype());
     let problem = Problem::new(spec, division, dtype_of(operands), given_dtype);
 
@@ -270,7 +222,7 @@ fn forward_as<T: Kernel>(
 
     let mut partials = match given.is_some() {
         true => None,
-        false => Some(division.partials(dims, &device)?),
+        false => Some(partials(division, dims, &device)?),
     };
     if let Some(partials) = &mut partials {
         let stats = function::<T>(&device, "stats")?;
@@ -331,8 +283,8 @@ fn backward_as<T: Kernel>(
     let device = operands.x.0.device().clone();
     let stream = device.cuda_stream();
     let (spec, dims) = (&op.spec, op.spec.dims);
-    let division = Division::on(dims, &device)?;
-    let config = division.config()?;
+    let division = division_on(dims, &device)?;
+    let config = launch_config(division.blocks)?;
     let params_dtype = dtype_of(&operands);
     let problem = Problem::new(spec, division, params_dtype, None);
 
@@ -349,7 +301,7 @@ fn backward_as<T: Kernel>(
     );
 
     let mut partials = match wants.dparams || spec.training {
-        true => Some(division.partials(dims, &device)?),
+        true => Some(partials(division, dims, &device)?),
         false => None,
     };
     if let Some(partials) = &mut partials {
@@ -459,52 +411,4 @@ fn move_towards_as<T: Kernel>(
     // SAFETY: the arguments are those of bn_running, and both tensors have `count` values.
     unsafe { args.launch(launch_config((end - start).div_ceil(THREADS))?) }.w()?;
     Ok(())
-}
-
-#[cfg(test)]
-mod tests {
-    use super::*;
-
-    #[test]
-    fn a_division_covers_every_value_with_chunks_to_spare() {
-        for (n, c, s) in [
-            (64, 256, 1),
-            (1, 1, 2),
-            (256, 64, 3136),
-            (20, 6, 65536),
-            (4096, 1025, 1),
-        ] {
-            let dims = Dims { n, c, s };
-            let division = Division::new(dims, 132);
-            let tiles = c.div_ceil(division.width);
-            assert_eq!(division.blocks, tiles * division.splits, "{dims:?}");
-            assert!(tiles * division.width >= c, "{dims:?}");
-            assert!((1..=256).contains(&division.splits), "{dims:?}");
-        }
-        // Few channels are shared by many blocks, many channels by none.
-        assert_eq!(
-            Division::new(
-                Dims {
-                    n: 20,
-                    c: 6,
-                    s: 65536
-                },
-                132
-            )
-            .splits,
-            88
-        );
-        assert_eq!(
-            Division::new(
-                Dims {
-                    n: 8,
-                    c: 2048,
-                    s: 49
-                },
-                132
-            )
-            .splits,
-            1
-        );
-    }
 }

@@ -1,7 +1,7 @@
 //! From candle's CPU storages to slices and back.
 
 use candle_core::op::BackpropOp;
-use candle_core::{bail, CpuStorage, DType, Device, Layout, Result, Storage, Tensor, WithDType};
+use candle_core::{bail, CpuStorage, Device, Layout, Result, Storage, Tensor, WithDType};
 
 use super::cpu::{self, Backward, Element, Forward, PerChannel, Wants};
 use super::op::{BackwardTensors, BatchNormOp, Operand, Operands, TensorGrads};
@@ -10,19 +10,6 @@ use super::Spec;
 /// A dtype of candle's that the loops can work on.
 trait HostElement: Element + WithDType {}
 impl<T: Element + WithDType> HostElement for T {}
-
-/// Calls a function that is generic over the dtype.
-macro_rules! dispatch {
-    ($dtype:expr, $f:ident($($arg:expr),*)) => {
-        match $dtype {
-            DType::F32 => $f::<f32>($($arg),*),
-            DType::F64 => $f::<f64>($($arg),*),
-            DType::F16 => $f::<half::f16>($($arg),*),
-            DType::BF16 => $f::<half::bf16>($($arg),*),
-            dtype => bail!("batch norm has no implementation for {dtype:?}"),
-        }
-    };
-}
 
 /// `y`, and the mean and variance that were used: F64 `[2, c]`.
 pub(super) fn forward(

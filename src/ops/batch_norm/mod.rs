@@ -1,8 +1,23 @@
 //! Batch norm over dimension 1, fused with what follows it.
 
+/// Calls a function that is generic over the dtype of a tensor.
+macro_rules! dispatch {
+    ($dtype:expr, $f:ident($($arg:expr),*)) => {
+        match $dtype {
+            candle_core::DType::F32 => $f::<f32>($($arg),*),
+            candle_core::DType::F64 => $f::<f64>($($arg),*),
+            candle_core::DType::F16 => $f::<half::f16>($($arg),*),
+            candle_core::DType::BF16 => $f::<half::bf16>($($arg),*),
+            dtype => candle_core::bail!("batch norm has no implementation for {dtype:?}"),
+        }
+    };
+}
+
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+#[cfg(any(feature = "cuda", test))]
+mod division;
 mod host;
 mod op;
 mod running;
@@ -12,7 +27,7 @@ use std::sync::{Arc, OnceLock};
 use candle_core::{bail, DType, Result, Tensor};
 
 use crate::shape::{check_input, check_per_channel, check_residual, Dims, Order};
-use op::{BatchNormOp, Params};
+use op::{BatchNormOp, Slots};
 pub use running::BatchStats;
 
 /// What is applied to the normalised values, in the same pass.
@@ -53,6 +68,7 @@ pub struct BatchNormArgs<'a> {
 }
 
 impl BatchNormArgs<'_> {
+    /// `eps` of 1e-5 and nothing else.
     pub const fn new() -> Self {
         Self {
             weight: None,
@@ -252,16 +268,16 @@ fn apply(
     let (params, second) = match (&weight, &bias) {
         // A custom op takes three tensors: with a residual, the parameters travel as one.
         (Some(weight), Some(bias)) if args.residual.is_some() => {
-            (Params::Packed, Some(Tensor::stack(&[weight, bias], 0)?))
+            (Slots::Packed, Some(Tensor::stack(&[weight, bias], 0)?))
         }
-        (Some(_), Some(_)) => (Params::Both, weight),
-        (Some(_), None) => (Params::Weight, weight),
-        (None, Some(_)) => (Params::Bias, bias.clone()),
-        (None, None) => (Params::None, None),
+        (Some(_), Some(_)) => (Slots::Both, weight),
+        (Some(_), None) => (Slots::Weight, weight),
+        (None, Some(_)) => (Slots::Bias, bias.clone()),
+        (None, None) => (Slots::None, None),
     };
     let third = match args.residual {
         Some(residual) => Some(order.into_kernel(residual)?),
-        None if params == Params::Both => bias,
+        None if params == Slots::Both => bias,
         None => None,
     };
     let saved = Arc::new(OnceLock::new());

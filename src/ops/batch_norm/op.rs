@@ -9,9 +9,9 @@ use candle_core::{bail, CpuStorage, CustomOp3, Device, Layout, Result, Shape, Te
 use super::cpu::Wants;
 use super::{host, Activation, Spec};
 
-/// Which parameters there are, and where they stand among the op's arguments.
+/// Where weight and bias stand among the op's arguments, as far as there are any.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(super) enum Params {
+pub(super) enum Slots {
     None,
     /// The second argument is the weight.
     Weight,
@@ -26,7 +26,7 @@ pub(super) enum Params {
 /// Batch norm of its first argument. `params` and `has_residual` say what the other two are.
 pub(super) struct BatchNormOp {
     pub spec: Spec,
-    pub params: Params,
+    pub params: Slots,
     /// The third argument is the residual.
     pub has_residual: bool,
     /// The mean and variance to normalise with, if they are not the batch's.
@@ -63,11 +63,11 @@ impl BatchNormOp {
         };
         let residual = self.has_residual.then(|| third.clone());
         let (weight, bias) = match self.params {
-            Params::None => (None, None),
-            Params::Weight => (Some(second), None),
-            Params::Bias => (None, Some(second)),
-            Params::Both => (Some(second), Some(third)),
-            Params::Packed => (Some(row(0)?), Some(row(1)?)),
+            Slots::None => (None, None),
+            Slots::Weight => (Some(second), None),
+            Slots::Bias => (None, Some(second)),
+            Slots::Both => (Some(second), Some(third)),
+            Slots::Packed => (Some(row(0)?), Some(row(1)?)),
         };
         Ok(Operands {
             x,
@@ -98,11 +98,11 @@ impl BatchNormOp {
             return Ok((dx, None, dresidual));
         };
         Ok(match self.params {
-            Params::None => (dx, None, dresidual),
-            Params::Weight => (dx, Some(dparams.get(0)?), dresidual),
-            Params::Bias => (dx, Some(dparams.get(1)?), dresidual),
-            Params::Both => (dx, Some(dparams.get(0)?), Some(dparams.get(1)?)),
-            Params::Packed => (dx, Some(dparams), dresidual),
+            Slots::None => (dx, None, dresidual),
+            Slots::Weight => (dx, Some(dparams.get(0)?), dresidual),
+            Slots::Bias => (dx, Some(dparams.get(1)?), dresidual),
+            Slots::Both => (dx, Some(dparams.get(0)?), Some(dparams.get(1)?)),
+            Slots::Packed => (dx, Some(dparams), dresidual),
         })
     }
 }
@@ -156,8 +156,8 @@ impl CustomOp3 for BatchNormOp {
         };
         let relu = self.spec.activation == Activation::Relu;
         let params_are_tracked = match self.params {
-            Params::None => false,
-            Params::Both => second.track_op() || third.track_op(),
+            Slots::None => false,
+            Slots::Both => second.track_op() || third.track_op(),
             _ => second.track_op(),
         };
         let residual_is_tracked = self.has_residual && third.track_op();

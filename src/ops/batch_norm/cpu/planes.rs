@@ -154,22 +154,23 @@ fn sums<T: Element, M: Mask<T>>(
     mean: f64,
 ) -> (f64, f64) {
     let (mut g_lanes, mut gx_lanes) = ([0.0; LANES], [0.0; LANES]);
-    let mut add = |start: usize, xs: &[T], dys: &[T]| {
-        for (lane, (&x, &dy)) in xs.iter().zip(dys).enumerate() {
-            let g = slice.mask.g(start + lane, x, dy, channel).to_f64();
-            g_lanes[lane] += g;
-            gx_lanes[lane] += g * (x.to_f64() - mean);
+    let (xs, x_rest) = slice.x.as_chunks::<LANES>();
+    let (dys, dy_rest) = slice.dy.as_chunks::<LANES>();
+    for (chunk, (x, dy)) in xs.iter().zip(dys).enumerate() {
+        // One loop for each step, over arrays: this is the form that vectorises.
+        let g: [T; LANES] =
+            std::array::from_fn(|i| slice.mask.g(chunk * LANES + i, x[i], dy[i], channel));
+        let centred: [f64; LANES] = std::array::from_fn(|i| x[i].to_f64() - mean);
+        for lane in 0..LANES {
+            g_lanes[lane] += g[lane].to_f64();
+            gx_lanes[lane] += g[lane].to_f64() * centred[lane];
         }
-    };
-    let whole = slice.x.len() / LANES * LANES;
-    let (x_whole, x_rest) = slice.x.split_at(whole);
-    let (dy_whole, dy_rest) = slice.dy.split_at(whole);
-    let chunks = x_whole
-        .chunks_exact(LANES)
-        .zip(dy_whole.chunks_exact(LANES));
-    for (chunk, (x, dy)) in chunks.enumerate() {
-        add(chunk * LANES, x, dy);
     }
-    add(whole, x_rest, dy_rest);
+    let start = slice.x.len() - x_rest.len();
+    for (lane, (&x, &dy)) in x_rest.iter().zip(dy_rest).enumerate() {
+        let g = slice.mask.g(start + lane, x, dy, channel).to_f64();
+        g_lanes[lane] += g;
+        gx_lanes[lane] += g * (x.to_f64() - mean);
+    }
     (g_lanes.iter().sum(), gx_lanes.iter().sum())
 }
