@@ -192,8 +192,8 @@ fn nan_and_infinity_stay_in_their_channel() -> Result<()> {
 fn a_constant_channel_gives_exactly_the_bias() -> Result<()> {
     for device in devices() {
         for dtype in [DType::F32, DType::F64, DType::F16, DType::BF16] {
-            for shape in [&[31, 5][..], &[7, 5, 33]] {
-                for constant in [0.1, -1234.567, 3e4] {
+            for shape in [&[31, 5][..], &[1001, 5], &[7, 5, 33], &[3, 5, 1001]] {
+                for constant in [0.1, 0.7, -1234.567, 3e4] {
                     let x = tensor(
                         &vec![constant; shape.iter().product()],
                         shape,
