@@ -153,8 +153,8 @@ fn train_epoch(
         if (step + 1) % STEPS_BETWEEN_READS == 0 || step + 1 == batches.len() {
             sums.read()?;
             let rate = (step + 1) as f64 * args.batch_size as f64 / bar.elapsed().as_secs_f64();
-            bar.set_message(format!("loss {:.4}  {rate:.0} images/s", sums.mean().0));
             bar.set_position(step as u64 + 1);
+            bar.set_message(format!("loss {:.4}  {rate:.0} images/s", sums.mean().0));
         }
     }
     bar.finish_and_clear();
@@ -179,9 +179,9 @@ fn progress(args: &Args, index: usize, steps: usize) -> ProgressBar {
         return ProgressBar::hidden();
     }
     let style = ProgressStyle::with_template("  {prefix} {bar:30} {pos}/{len}  {msg}");
-    let bar = ProgressBar::new(steps as u64);
-    bar.set_prefix(format!("epoch {:>2}/{}", index + 1, args.epochs));
-    bar.with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+    ProgressBar::new(steps as u64)
+        .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
+        .with_prefix(format!("epoch {:>2}/{}", index + 1, args.epochs))
 }
 
 /// Loss and right answers, summed on the device and read from time to time.
