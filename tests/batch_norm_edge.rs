@@ -4,22 +4,10 @@ mod common;
 
 use candle_batch_norm::ops::{batch_norm_inference, batch_norm_train, Activation, BatchNormArgs};
 use candle_core::{DType, Device, Result, Tensor, Var};
-use common::{assert_close, devices, random, tensor, values, var, Case};
+use common::{assert_close, assert_error, devices, random, tensor, values, var, Case};
 use proptest::prelude::*;
 
 const CPU: Device = Device::Cpu;
-
-/// Asserts that an error says all of that.
-#[track_caller]
-fn assert_error<T>(result: Result<T>, parts: &[&str]) {
-    let error = match result {
-        Ok(_) => panic!("expected an error with {parts:?}"),
-        Err(error) => error.to_string(),
-    };
-    for part in parts {
-        assert!(error.contains(part), "{error:?} should say {part:?}");
-    }
-}
 
 #[test]
 fn bad_arguments_get_errors_that_name_them() -> Result<()> {

@@ -5,7 +5,7 @@ mod common;
 use candle_batch_norm::{batch_norm, Activation, BatchNorm, BatchNormConfig, Freeze};
 use candle_core::{DType, Device, Module, ModuleT, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};
-use common::{assert_close, devices, random, tensor, values, Case};
+use common::{assert_close, assert_error, devices, random, tensor, values, Case};
 
 /// A layer with the variables that it made.
 fn layer(
@@ -23,17 +23,6 @@ fn names(vars: &VarMap) -> Vec<String> {
     let mut names: Vec<_> = vars.data().lock().unwrap().keys().cloned().collect();
     names.sort();
     names
-}
-
-#[track_caller]
-fn assert_error<T>(result: Result<T>, parts: &[&str]) {
-    let error = match result {
-        Ok(_) => panic!("expected an error with {parts:?}"),
-        Err(error) => error.to_string(),
-    };
-    for part in parts {
-        assert!(error.contains(part), "{error:?} should say {part:?}");
-    }
 }
 
 /// One training of a small CNN, written once and compiled twice: only the import differs.

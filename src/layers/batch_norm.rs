@@ -17,20 +17,20 @@ use crate::ops::{batch_norm_inference, batch_norm_train, BatchNormArgs, BatchSta
 /// relatives, whose signatures are candle-nn's. PyTorch: `torch.nn.BatchNorm1d`, `2d` and `3d`.
 #[derive(Debug, Clone)]
 pub struct BatchNorm {
-    num_features: usize,
-    running: Option<Running>,
-    weight: Option<Tensor>,
-    bias: Option<Tensor>,
-    config: BatchNormConfig,
+    pub(super) num_features: usize,
+    pub(super) running: Option<Running>,
+    pub(super) weight: Option<Tensor>,
+    pub(super) bias: Option<Tensor>,
+    pub(super) config: BatchNormConfig,
 }
 
 /// The variables that training moves without a gradient.
 #[derive(Debug, Clone)]
-struct Running {
-    mean: Var,
-    var: Var,
+pub(super) struct Running {
+    pub mean: Var,
+    pub var: Var,
     /// I64, a scalar. Present if it is needed or if the checkpoint has it.
-    num_batches_tracked: Option<Var>,
+    pub num_batches_tracked: Option<Var>,
 }
 
 /// Builds a layer for `num_features` channels, with its variables from `vb`.
@@ -146,12 +146,8 @@ impl BatchNorm {
         eps: f64,
         momentum: f64,
     ) -> Result<Self> {
-        let config = BatchNormConfig {
-            eps,
-            momentum: Some(momentum),
-            ..Default::default()
-        };
         let parameters = Some((weight, bias));
+        let config = BatchNormConfig::with_momentum(eps, momentum);
         Self::from_tensors(num_features, running_mean, running_var, parameters, config)
     }
 
@@ -163,15 +159,11 @@ impl BatchNorm {
         eps: f64,
         momentum: f64,
     ) -> Result<Self> {
-        let config = BatchNormConfig {
-            eps,
-            momentum: Some(momentum),
-            ..Default::default()
-        };
+        let config = BatchNormConfig::with_momentum(eps, momentum);
         Self::from_tensors(num_features, running_mean, running_var, None, config)
     }
 
-    fn from_tensors(
+    pub(super) fn from_tensors(
         num_features: usize,
         running_mean: Tensor,
         running_var: Tensor,
@@ -375,82 +367,4 @@ fn check_shape(what: &str, tensor: &Tensor, num_features: usize) -> Result<()> {
         )
     }
     Ok(())
-}
-
-/// Takes the tensors over: running statistics and parameters are shared with the original.
-///
-/// candle-nn does not tell whether its layer removes the mean; the usual `true` is assumed.
-impl TryFrom<&candle_nn::BatchNorm> for BatchNorm {
-    type Error = candle_core::Error;
-
-    fn try_from(bn: &candle_nn::BatchNorm) -> Result<Self> {
-        let running_mean = bn.running_mean().clone();
-        let config = BatchNormConfig {
-            eps: bn.eps(),
-            momentum: Some(bn.momentum()),
-            ..Default::default()
-        };
-        let parameters = bn.weight_and_bias().map(|(w, b)| (w.clone(), b.clone()));
-        Self::from_tensors(
-            running_mean.elem_count(),
-            running_mean,
-            bn.running_var().clone(),
-            parameters,
-            config,
-        )
-    }
-}
-
-/// Gives a layer to code that takes candle-nn's, such as `Conv2d::absorb_bn`. The tensors are
-/// shared; an absent weight or bias becomes ones or zeros where the other is present.
-///
-/// # Errors
-/// What candle-nn's layer cannot express: no running statistics, a momentum of `None`, a fused
-/// activation, an input whose mean is not removed.
-impl TryFrom<&BatchNorm> for candle_nn::BatchNorm {
-    type Error = candle_core::Error;
-
-    fn try_from(bn: &BatchNorm) -> Result<Self> {
-        let config = &bn.config;
-        let Some(running) = &bn.running else {
-            bail!("candle_nn::BatchNorm needs running statistics, and this layer tracks none")
-        };
-        let Some(momentum) = config.momentum else {
-            bail!("candle_nn::BatchNorm needs a momentum, and this layer averages cumulatively")
-        };
-        if config.activation != crate::Activation::Identity || !config.remove_mean {
-            bail!(
-                "candle_nn::BatchNorm cannot carry {:?} with remove_mean = {}",
-                config.activation,
-                config.remove_mean
-            )
-        }
-        let (mean, var) = (
-            running.mean.as_tensor().clone(),
-            running.var.as_tensor().clone(),
-        );
-        let (weight, bias) = match (&bn.weight, &bn.bias) {
-            (None, None) => {
-                return Self::new_no_bias_with_momentum(
-                    bn.num_features,
-                    mean,
-                    var,
-                    config.eps,
-                    momentum,
-                )
-            }
-            (Some(weight), Some(bias)) => (weight.clone(), bias.clone()),
-            (Some(weight), None) => (weight.clone(), weight.zeros_like()?),
-            (None, Some(bias)) => (bias.ones_like()?, bias.clone()),
-        };
-        Self::new_with_momentum(
-            bn.num_features,
-            mean,
-            var,
-            weight,
-            bias,
-            config.eps,
-            momentum,
-        )
-    }
 }

@@ -93,6 +93,14 @@ impl From<candle_nn::BatchNormConfig> for BatchNormConfig {
 }
 
 impl BatchNormConfig {
+    pub(super) fn with_momentum(eps: f64, momentum: f64) -> Self {
+        Self {
+            eps,
+            momentum: Some(momentum),
+            ..Self::default()
+        }
+    }
+
     pub(super) fn check(&self) -> Result<()> {
         if self.eps.is_nan() || self.eps < 0.0 {
             bail!("batch norm expects eps >= 0, got {}", self.eps)

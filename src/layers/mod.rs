@@ -2,6 +2,7 @@
 
 mod batch_norm;
 mod config;
+mod convert;
 
 pub use batch_norm::{batch_norm, BatchNorm};
 pub use config::{BatchNormConfig, Freeze};

@@ -58,6 +58,18 @@ pub fn assert_close(what: &str, got: &[f64], expected: &[f64], absolute: f64, re
     }
 }
 
+/// Asserts that an error says all of `parts`.
+#[track_caller]
+pub fn assert_error<T>(result: Result<T>, parts: &[&str]) {
+    let error = match result {
+        Ok(_) => panic!("expected an error with {parts:?}"),
+        Err(error) => error.to_string(),
+    };
+    for part in parts {
+        assert!(error.contains(part), "{error:?} should say {part:?}");
+    }
+}
+
 /// The relative error that the dtype brings by itself when it rounds a result.
 pub fn rounding(dtype: DType) -> f64 {
     match dtype {

@@ -5,17 +5,17 @@ use candle_core::cuda_backend::{CudaDType, WrapErr};
 use candle_core::op::BackpropOp;
 use candle_core::{bail, CudaDevice, CudaStorage, DType, Layout, Result, Shape, Storage, Tensor};
 use cudarc::driver::sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-use cudarc::driver::{
-    CudaFunction, CudaSlice, CudaView, DeviceRepr, LaunchArgs, LaunchConfig, PushKernelArg,
-};
-use half::{bf16, f16};
+use cudarc::driver::{CudaFunction, CudaSlice, DeviceRepr, LaunchConfig, PushKernelArg};
 
 use super::cpu::Wants;
 use super::division::{Division, THREADS};
-use super::op::{BackwardTensors, BatchNormOp, Operand, Operands, TensorGrads};
+use super::op::{BackwardTensors, BatchNormOp, Operands, TensorGrads};
 use super::running::MoveTowards;
 use super::{Activation, Spec};
 use crate::shape::Dims;
+use args::{push_mut, push_storage, push_view, view, PerChannel};
+
+mod args;
 
 mod ptx {
     include!(concat!(env!("OUT_DIR"), "/ptx.rs"));
@@ -23,9 +23,6 @@ mod ptx {
 
 /// The name under which candle keeps the compiled module; it is global to the process.
 const MODULE: &str = concat!("candle-batch-norm ", env!("CARGO_PKG_VERSION"));
-
-/// The pointer that stands for an absent tensor.
-const NULL: u64 = 0;
 
 /// A dtype that the kernels are compiled for.
 trait Kernel: CudaDType + DeviceRepr + candle_core::WithDType {}
@@ -103,62 +100,6 @@ fn launch_config(blocks: usize) -> Result<LaunchConfig> {
         block_dim: (THREADS as u32, 1, 1),
         shared_mem_bytes: 0,
     })
-}
-
-/// A tensor with one value per channel, in any of its dtypes.
-enum PerChannel<'a> {
-    F32(CudaView<'a, f32>),
-    F64(CudaView<'a, f64>),
-    F16(CudaView<'a, f16>),
-    BF16(CudaView<'a, bf16>),
-}
-
-impl<'a> PerChannel<'a> {
-    fn new(operand: &Operand<'a, CudaStorage>) -> Result<Self> {
-        Ok(match operand.0.dtype() {
-            DType::F32 => Self::F32(view(operand)?),
-            DType::F64 => Self::F64(view(operand)?),
-            DType::F16 => Self::F16(view(operand)?),
-            DType::BF16 => Self::BF16(view(operand)?),
-            dtype => bail!("batch norm expects floating-point values per channel, got {dtype:?}"),
-        })
-    }
-
-    fn of(operand: &Option<Operand<'a, CudaStorage>>) -> Result<Option<Self>> {
-        operand.as_ref().map(Self::new).transpose()
-    }
-
-    fn push<'b: 'l, 'l>(this: &'b Option<Self>, args: &mut LaunchArgs<'l>) {
-        match this {
-            None => args.arg(&NULL),
-            Some(Self::F32(view)) => args.arg(view),
-            Some(Self::F64(view)) => args.arg(view),
-            Some(Self::F16(view)) => args.arg(view),
-            Some(Self::BF16(view)) => args.arg(view),
-        };
-    }
-}
-
-fn push_view<'l, 'b: 'l, T>(view: &'b Option<CudaView<'b, T>>, args: &mut LaunchArgs<'l>) {
-    match view {
-        None => args.arg(&NULL),
-        Some(view) => args.arg(view),
-    };
-}
-
-fn push_mut<'l, 'b: 'l, T>(slice: &'b mut Option<CudaSlice<T>>, args: &mut LaunchArgs<'l>) {
-    match slice {
-        None => args.arg(&NULL),
-        Some(slice) => args.arg(slice),
-    };
-}
-
-/// The values of a contiguous tensor, from its offset on.
-fn view<'a, T: CudaDType>((storage, layout): &Operand<'a, CudaStorage>) -> Result<CudaView<'a, T>> {
-    let Some((start, end)) = layout.contiguous_offsets() else {
-        bail!("batch norm expects a contiguous tensor here, got {layout:?}")
-    };
-    Ok(storage.as_cuda_slice::<T>()?.slice(start..end))
 }
 
 fn cuda_storage(storage: &Storage) -> Result<&CudaStorage> {
@@ -355,23 +296,6 @@ fn backward_as<T: Kernel>(
         dparams: dparams.map(|storage| wrap(storage, params_shape)),
         dresidual: dresidual.map(like_x),
     })
-}
-
-fn push_storage<'l, 'b: 'l>(
-    storage: &'b mut Option<CudaStorage>,
-    args: &mut LaunchArgs<'l>,
-) -> Result<()> {
-    let Some(storage) = storage else {
-        args.arg(&NULL);
-        return Ok(());
-    };
-    match storage.dtype() {
-        DType::F32 => args.arg(storage.as_cuda_slice_mut::<f32>()?),
-        DType::F64 => args.arg(storage.as_cuda_slice_mut::<f64>()?),
-        DType::F16 => args.arg(storage.as_cuda_slice_mut::<f16>()?),
-        _ => args.arg(storage.as_cuda_slice_mut::<bf16>()?),
-    };
-    Ok(())
 }
 
 /// `running = keep·running + take·new`
