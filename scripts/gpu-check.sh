@@ -1,25 +1,27 @@
 #!/usr/bin/env bash
 # Checks the CUDA side on a machine that has a GPU and CUDA but needs neither Rust nor a network.
 #
-#   scripts/gpu-check.sh build DIR    where Rust is: puts stripped test and example binaries into DIR
-#   scripts/gpu-check.sh run DIR      where the GPU is: runs them and prints one summary table
+#   scripts/gpu-check.sh build FILE   where Rust is: packs stripped test and example binaries
+#   scripts/gpu-check.sh run FILE     where the GPU is: runs them and prints one summary table
 #
-# Run both from the root of the repository; the tests read their data from there.
+# FILE is a .tar.xz of about 10 MB. Run both from the root of the repository; the tests read their
+# data from there.
 set -uo pipefail
 
-usage() { sed -n '2,7p' "$0" | cut -c3-; exit 2; }
+usage() { sed -n '2,8p' "$0" | cut -c3-; exit 2; }
 [ $# -eq 2 ] || usage
-dir=$2
+file=$2
 tests="batch_norm_op batch_norm_edge batch_norm_layer models pytorch"
 
 build() {
   set -e
-  mkdir -p "$dir"
-  local messages=$dir/messages.json names
+  local dir messages
+  dir=$(mktemp -d)
+  messages=$(mktemp)
+  trap "rm -rf '$dir' '$messages'" EXIT
   scripts/cuda-toolkit.sh cargo test --release --features cuda --tests --no-run \
     --message-format=json >"$messages"
   scripts/cuda-toolkit.sh cargo build --release --features cuda --example mnist_compare
-  names=" $tests "
   python3 - "$messages" <<'PY' | while read -r name path; do
 import json, sys
 for line in open(sys.argv[1]):
@@ -27,22 +29,27 @@ for line in open(sys.argv[1]):
     if message.get("executable") and message["target"]["kind"] == ["test"]:
         print(message["target"]["name"], message["executable"])
 PY
-    case "$names" in *" $name "*) strip -o "$dir/$name" "$path" ;; esac
+    case " $tests " in *" $name "*) strip -o "$dir/$name" "$path" ;; esac
   done
   strip -o "$dir/mnist_compare" target/release/examples/mnist_compare
-  rm "$messages"
-  du -sh "$dir"
+  # Each binary carries all of candle's kernels; the large dictionary packs them once.
+  mkdir -p "$(dirname "$file")"
+  tar -cf - -C "$dir" . | xz --lzma2=preset=3,dict=128MiB >"$file"
+  ls -l "$file"
 }
 
 run() {
-  local failed=0 summary="" start log status name
+  local failed=0 summary="" start log status name dir
+  dir=$(mktemp -d)
+  trap "rm -rf '$dir'" EXIT
+  tar -xJf "$file" -C "$dir" 2>/dev/null || python3 -m tarfile -e "$file" "$dir" || exit 1
   nvidia-smi --query-gpu=name,driver_version,memory.total --format=csv,noheader || true
   for name in $tests mnist_compare; do
     start=$SECONDS
     log=$(mktemp)
     if [ "$name" = mnist_compare ]; then
       "$dir/$name" --device cuda --data drawn --epochs 3 --quiet --target-acc 95 \
-        --out "$(mktemp -d)" >"$log" 2>&1
+        --out "$dir/out" >"$log" 2>&1
     else
       "$dir/$name" --nocapture --test-threads 4 >"$log" 2>&1
     fi
