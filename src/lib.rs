@@ -51,3 +51,8 @@ mod shape;
 
 pub use layers::{batch_norm, BatchNorm, BatchNormConfig, Freeze};
 pub use ops::Activation;
+
+/// The README's example runs as a test.
+#[cfg(doctest)]
+#[doc = include_str!("../README.md")]
+struct Readme;

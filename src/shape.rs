@@ -83,6 +83,18 @@ pub(crate) fn check_per_channel(
     check_device(what, t, x)
 }
 
+/// Checks two tensors that a kernel reads alike (`what` names them in errors).
+pub(crate) fn check_one_dtype(what: &str, a: &Tensor, b: &Tensor) -> Result<()> {
+    if a.dtype() != b.dtype() {
+        bail!(
+            "batch norm expects {what} of one dtype, got {:?} and {:?}",
+            a.dtype(),
+            b.dtype()
+        )
+    }
+    Ok(())
+}
+
 /// Checks a tensor that is added to the output against the input.
 pub(crate) fn check_residual(residual: &Tensor, x: &Tensor) -> Result<()> {
     if residual.dims() != x.dims() || residual.dtype() != x.dtype() {

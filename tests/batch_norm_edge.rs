@@ -85,6 +85,11 @@ fn bad_arguments_get_errors_that_name_them() -> Result<()> {
         inference(&integers, &c3, args),
         &["mean of dtype F32 or F64", "U32"],
     );
+    let double = ones(&[3], DType::F64)?;
+    assert_error(
+        inference(&c3, &double, args),
+        &["mean and variance of one dtype", "F32", "F64"],
+    );
     for eps in [-1.0, f64::NAN] {
         assert_error(
             inference(&c3, &c3, BatchNormArgs { eps, ..args }),

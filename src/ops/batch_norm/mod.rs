@@ -26,7 +26,7 @@ use std::sync::{Arc, OnceLock};
 
 use candle_core::{bail, DType, Result, Tensor};
 
-use crate::shape::{check_input, check_per_channel, check_residual, Dims, Order};
+use crate::shape::{check_input, check_one_dtype, check_per_channel, check_residual, Dims, Order};
 use op::{BatchNormOp, Slots};
 pub use running::BatchStats;
 
@@ -174,7 +174,7 @@ pub fn batch_norm_train(x: &Tensor, args: &BatchNormArgs) -> Result<(Tensor, Bat
 /// y = activation((x - mean) / √(var + eps)·weight + bias + residual)
 /// ```
 ///
-/// `mean` and `var` are `[c]`, F32 or F64 (or the input's dtype), and constants to autograd. The
+/// `mean` and `var` are `[c]`, both F32, F64 or of the input's dtype, and constants to autograd. The
 /// gradients are those of [`batch_norm_train`] but for `dx = weight·rstd·g`, so that what lies below
 /// a frozen layer still trains. They use the statistics as they were, whatever happens to `mean` and
 /// `var` afterwards.
@@ -209,6 +209,7 @@ pub fn batch_norm_inference(
     let dtypes = [DType::F32, DType::F64, x.dtype()];
     check_per_channel("a mean", mean, x, &dtypes)?;
     check_per_channel("a variance", var, x, &dtypes)?;
+    check_one_dtype("mean and variance", mean, var)?;
     if args.eps.is_nan() || args.eps < 0.0 {
         bail!("batch norm expects eps >= 0, got {}", args.eps)
     }
@@ -232,13 +233,7 @@ fn check(x: &Tensor, args: &BatchNormArgs) -> Result<Dims> {
         }
     }
     if let (Some(weight), Some(bias)) = (args.weight, args.bias) {
-        if weight.dtype() != bias.dtype() {
-            bail!(
-                "batch norm expects weight and bias of one dtype, got {:?} and {:?}",
-                weight.dtype(),
-                bias.dtype()
-            )
-        }
+        check_one_dtype("weight and bias", weight, bias)?;
     }
     if let Some(residual) = args.residual {
         check_residual(residual, x)?;
