@@ -401,9 +401,12 @@ fn bad_configurations_get_errors() -> Result<()> {
         &["bias", "[3]", "[4]"],
     );
     let half = zeros.to_dtype(DType::F16)?;
+    let bn = BatchNorm::new_no_bias(3, half.clone(), half, 1e-5)?;
+    assert_eq!(bn.running_var().dtype(), DType::F32);
+    let integers = zeros.to_dtype(DType::U32)?;
     assert_error(
-        BatchNorm::new_no_bias(3, half, zeros, 1e-5),
-        &["running_mean", "F32 or F64", "F16"],
+        BatchNorm::new_no_bias(3, integers, zeros, 1e-5),
+        &["floating-point running_mean", "U32"],
     );
     Ok(())
 }

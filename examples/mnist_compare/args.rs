@@ -187,7 +187,10 @@ impl Args {
         match self.device {
             DeviceArg::Cpu => Ok(Device::Cpu),
             DeviceArg::Auto if !cfg!(feature = "cuda") => Ok(Device::Cpu),
-            DeviceArg::Auto => Ok(Device::new_cuda(0).unwrap_or(Device::Cpu)),
+            DeviceArg::Auto => Ok(Device::new_cuda(0).unwrap_or_else(|error| {
+                println!("no CUDA device, so the CPU is used: {error}");
+                Device::Cpu
+            })),
             DeviceArg::Cuda if !cfg!(feature = "cuda") => {
                 bail!("--device cuda needs a build with --features cuda")
             }

@@ -107,7 +107,8 @@ impl BatchNorm {
     /// A layer with all of its tensors given, each `[num_features]`, and candle-nn's momentum of 0.1.
     ///
     /// # Errors
-    /// Tensors of another shape, running statistics that are not F32 or F64, `eps < 0` or NaN.
+    /// Tensors of another shape, running statistics that are no floats, `eps < 0` or NaN. Statistics
+    /// in half precision are converted to F32.
     pub fn new(
         num_features: usize,
         running_mean: Tensor,
@@ -175,29 +176,25 @@ impl BatchNorm {
             ..config
         };
         config.check()?;
-        for (what, tensor) in [
-            ("running_mean", &running_mean),
-            ("running_var", &running_var),
-        ] {
-            check_shape(what, tensor, num_features)?;
-            if !matches!(tensor.dtype(), DType::F32 | DType::F64) {
-                bail!(
-                    "batch norm expects a {what} of dtype F32 or F64, got {:?}",
-                    tensor.dtype()
-                )
+        let statistics = |what: &str, tensor: Tensor| -> Result<Var> {
+            check_shape(what, &tensor, num_features)?;
+            match tensor.dtype() {
+                DType::F32 | DType::F64 => Var::from_tensor(&tensor),
+                DType::F16 | DType::BF16 => Var::from_tensor(&tensor.to_dtype(DType::F32)?),
+                dtype => bail!("batch norm expects a floating-point {what}, got {dtype:?}"),
             }
-        }
+        };
+        let running = Running {
+            mean: statistics("running_mean", running_mean)?,
+            var: statistics("running_var", running_var)?,
+            num_batches_tracked: None,
+        };
         let (weight, bias) = parameters.unzip();
         for (what, tensor) in [("weight", &weight), ("bias", &bias)] {
             if let Some(tensor) = tensor {
                 check_shape(what, tensor, num_features)?;
             }
         }
-        let running = Running {
-            mean: Var::from_tensor(&running_mean)?,
-            var: Var::from_tensor(&running_var)?,
-            num_batches_tracked: None,
-        };
         Ok(Self {
             num_features,
             running: Some(running),
