@@ -68,8 +68,8 @@ __device__ real_of<T> masked(const Problem &p, const Channel<real_of<T>> &channe
 // partials[channel][split] = mean of (x - pivot), and the sum of squared deviations from it.
 //
 // The pivot is the channel's first value: a constant channel has exactly its value as mean, and the
-// offset of the data costs no accuracy. An outlier in its place does no harm: it cannot be further
-// from the mean than √m standard deviations.
+// offset of the data costs no accuracy. An outlier in its place costs little: it cannot be further
+// from the mean than √m standard deviations, so that x - pivot rounds to 2⁻²⁵·√m of one at most.
 template <typename T> __device__ void stats(const T *x, double *partials, const Problem &p) {
   using R = real_of<T>;
   __shared__ Moments shared[THREADS];

@@ -49,7 +49,7 @@ __device__ inline void store(void *values, int32_t dtype, int64_t i, double v) {
   }
 }
 
-// How a tensor x: [n, c, s] is divided among blocks. Mirrors `Problem` in src/ops/batch_norm/cuda.rs.
+// How a tensor x: [n, c, s] is divided among blocks. Mirrors `Problem` in src/ops/batch_norm/cuda/mod.rs.
 //
 // A block has `width` neighbouring channels: 1 where a channel's values lie together (s > 1), 32
 // for a matrix [m, c], so that the threads of a warp read neighbouring columns. The threads of a
@@ -62,6 +62,7 @@ struct Problem {
   int32_t params_dtype, given_dtype; // of weight and bias, and of a given mean and variance
   int32_t relu, remove_mean, training;
 };
+static_assert(sizeof(Problem) == 64, "the launches pass it by value");
 
 // The values of one thread: every `size`-th of its group's part of a channel.
 struct Values {

@@ -438,6 +438,9 @@ fn candle_s_layer_converts_both_ways_and_shares_its_tensors() -> Result<()> {
         };
         let relu = layer(3, relu, DType::F32, &device)?.0;
         assert_error(candle_nn::BatchNorm::try_from(&relu), &["Relu"]);
+        let mut frozen = layer(3, 1e-5, DType::F32, &device)?.0;
+        frozen.set_freeze(Freeze::Statistics)?;
+        assert_error(candle_nn::BatchNorm::try_from(&frozen), &["Statistics"]);
         let average = BatchNormConfig {
             momentum: None,
             ..Default::default()

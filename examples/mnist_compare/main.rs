@@ -46,7 +46,7 @@ fn compare(args: &Args) -> Result<ExitCode> {
     println!("data     {}", data.describe());
     println!("model    {}", args.describe());
     if data.drawn {
-        println!("\n*** This is not MNIST: no data was found, so the digits were drawn here.");
+        println!("\n*** This is not MNIST: the digits were drawn by this example.");
         println!("*** Their accuracies say nothing about MNIST. Name its folder with --data DIR.");
     }
     std::fs::create_dir_all(&args.out)

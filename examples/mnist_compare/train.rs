@@ -13,7 +13,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use crate::args::Args;
-use crate::data::{fnv1a, shuffled, Dataset, Split};
+use crate::data::{shuffled, Dataset, Split};
 use crate::sgd::{sorted, Sgd};
 
 /// Test images that are evaluated at a time.
@@ -244,13 +244,20 @@ fn initialise(vars: &VarMap, seed: u64) -> Result<()> {
             .find(|(other, _)| *other == format!("{layer}.weight"));
         let fan_in: usize = weight.map_or(1, |(_, weight)| weight.dims()[1..].iter().product());
         let bound = 1.0 / (fan_in as f32).sqrt();
-        let mut rng = ChaCha8Rng::seed_from_u64(seed ^ fnv1a(name.bytes()));
+        let mut rng = ChaCha8Rng::seed_from_u64(seed ^ fnv1a(name));
         let values: Vec<f32> = (0..var.elem_count())
             .map(|_| bound * (2.0 * rng.random::<f32>() - 1.0))
             .collect();
         var.set(&Tensor::from_vec(values, var.dims(), var.device())?)?;
     }
     Ok(())
+}
+
+/// A hash that is the same in every release and on every machine.
+fn fnv1a(text: &str) -> u64 {
+    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 #[cfg(test)]

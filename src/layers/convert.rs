@@ -2,10 +2,11 @@
 
 use candle_core::{bail, Result};
 
-use super::{BatchNorm, BatchNormConfig};
+use super::{BatchNorm, BatchNormConfig, Freeze};
 use crate::ops::Activation;
 
-/// Takes the tensors over: running statistics and parameters are shared with the original.
+/// Takes the tensors over: running statistics and parameters are shared with the original, save
+/// statistics in half precision, which are converted.
 ///
 /// candle-nn does not tell whether its layer removes the mean; the usual `true` is assumed.
 impl TryFrom<&candle_nn::BatchNorm> for BatchNorm {
@@ -30,7 +31,7 @@ impl TryFrom<&candle_nn::BatchNorm> for BatchNorm {
 ///
 /// # Errors
 /// What candle-nn's layer cannot express: no running statistics, a momentum of `None`, a fused
-/// activation, an input whose mean is not removed.
+/// activation, an input whose mean is not removed, freezing.
 impl TryFrom<&BatchNorm> for candle_nn::BatchNorm {
     type Error = candle_core::Error;
 
@@ -42,11 +43,15 @@ impl TryFrom<&BatchNorm> for candle_nn::BatchNorm {
         let Some(momentum) = config.momentum else {
             bail!("candle_nn::BatchNorm needs a momentum, and this layer averages cumulatively")
         };
-        if config.activation != Activation::Identity || !config.remove_mean {
+        if config.activation != Activation::Identity
+            || !config.remove_mean
+            || config.freeze != Freeze::Nothing
+        {
             bail!(
-                "candle_nn::BatchNorm cannot carry {:?} with remove_mean = {}",
+                "candle_nn::BatchNorm cannot carry {:?}, remove_mean = {}, freeze {:?}",
                 config.activation,
-                config.remove_mean
+                config.remove_mean,
+                config.freeze
             )
         }
         let (mean, var) = (

@@ -22,7 +22,7 @@ pub(super) struct Division {
 }
 
 impl Division {
-    /// Enough blocks to fill the device four times, as long as a thread keeps a chunk of values.
+    /// Four blocks for each multiprocessor, as long as a thread keeps a chunk of values.
     pub fn new(dims: Dims, multiprocessors: usize) -> Self {
         let width = if dims.s == 1 { 32 } else { 1 };
         let tiles = dims.c.div_ceil(width);

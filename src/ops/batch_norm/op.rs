@@ -166,6 +166,9 @@ impl CustomOp3 for BatchNormOp {
             dparams: params_are_tracked,
             dresidual: residual_is_tracked && relu,
         };
+        if !(wants.dx || wants.dparams || residual_is_tracked) {
+            return Ok((None, None, None));
+        }
         let dy = dy.detach().contiguous()?;
         let tensors = BackwardTensors {
             args: [x, second, third],

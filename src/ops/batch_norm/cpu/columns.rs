@@ -73,7 +73,7 @@ pub(super) fn backward<T: Element, M: Mask<T>>(job: &Backward<T>, mask: M) -> Gr
             normalise.set(j, Channel::new(mean[j], rstd[j], weight, bias));
         }
         let (mut sum_g, mut sum_gx) = ([0.0; WIDTH], [0.0; WIDTH]);
-        if job.wants.dparams || spec.training {
+        if job.wants.dparams || (job.wants.dx && spec.training) {
             for range in block.rows() {
                 add_sums(&mut sum_g, &mut sum_gx, &slice(range), &normalise, &mean);
             }

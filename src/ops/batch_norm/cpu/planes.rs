@@ -55,7 +55,7 @@ pub(super) fn backward<T: Element, M: Mask<T>>(job: &Backward<T>, mask: M) -> Gr
             mask: mask.slice(range),
         };
         let (mut sum_g, mut sum_gx) = (0.0, 0.0);
-        if job.wants.dparams || spec.training {
+        if job.wants.dparams || (job.wants.dx && spec.training) {
             for range in slices(spec.dims, channel) {
                 let (g, gx) = sums(&slice(range), &normalise, mean);
                 sum_g += g;

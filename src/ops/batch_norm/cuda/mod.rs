@@ -21,7 +21,7 @@ mod ptx {
     include!(concat!(env!("OUT_DIR"), "/ptx.rs"));
 }
 
-/// The name under which candle keeps the compiled module; it is global to the process.
+/// The name under which candle keeps the compiled module, among all modules of a device.
 const MODULE: &str = concat!("candle-batch-norm ", env!("CARGO_PKG_VERSION"));
 
 /// A dtype that the kernels are compiled for.
@@ -44,6 +44,8 @@ struct Problem {
     remove_mean: i32,
     training: i32,
 }
+
+const _: () = assert!(size_of::<Problem>() == 64);
 
 // SAFETY: plain numbers in the layout of the kernels' struct of the same name, without pointers.
 unsafe impl DeviceRepr for Problem {}
@@ -241,7 +243,7 @@ fn backward_as<T: Kernel>(
         PerChannel::of(&operands.bias)?,
     );
 
-    let mut partials = match wants.dparams || spec.training {
+    let mut partials = match wants.dparams || (wants.dx && spec.training) {
         true => Some(partials(division, dims, &device)?),
         false => None,
     };
