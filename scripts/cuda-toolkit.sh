@@ -39,7 +39,10 @@ install() {
   say "downloading nvcc and libraries into target/cuda-toolkit"
   rm -rf "$toolkit"
   mkdir -p "$toolkit/lib"
-  python3 -m pip install --quiet --disable-pip-version-check --no-deps --root-user-action=ignore \
+  # By its own path: a version manager's wrapper of python3 does more after an install, and may fail.
+  local python
+  python=$(python3 -c 'import sys; print(sys.executable)')
+  "$python" -m pip install --quiet --disable-pip-version-check --no-deps --root-user-action=ignore \
     --target "$toolkit/python" "${packages[@]}" </dev/null >&2
   local cu=$toolkit/python/nvidia/cu13 name cudarc
   for name in curand:10 nvrtc:13 cudart:13; do # real ones, which lack their unversioned names
