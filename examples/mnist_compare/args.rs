@@ -7,7 +7,7 @@ use candle_batch_norm::models::{Architecture, ModelConfig, Norm, Placement};
 use candle_batch_norm::BatchNormConfig;
 use candle_core::Device;
 use clap::{Parser, ValueEnum};
-use serde::{Deserialize, Serialize};
+use serde::Serialize;
 
 use crate::data::Dataset;
 
@@ -58,8 +58,10 @@ pub struct Args {
     /// The weight of a new batch in the running statistics
     #[arg(long, default_value_t = 0.1)]
     pub bn_momentum: f64,
+    /// How often each model sees the training images
     #[arg(long, default_value_t = 10)]
     pub epochs: usize,
+    /// Images in each step of the training; an epoch's last ones, if fewer, are left out
     #[arg(long, default_value_t = 64)]
     pub batch_size: usize,
     /// Learning rate of the stochastic gradient descent
@@ -71,6 +73,7 @@ pub struct Args {
     /// Decides about initial weights, batches, dropout and drawn digits
     #[arg(long, default_value_t = 42)]
     pub seed: u64,
+    /// Where to compute; auto takes CUDA if it is built in and there is a GPU
     #[arg(long, value_enum, default_value = "auto")]
     pub device: DeviceArg,
     /// Folder with MNIST's four IDX files, plain or .gz; `drawn` draws digits instead
@@ -93,8 +96,8 @@ pub struct Args {
     pub quiet: bool,
 }
 
-/// All that decides about the numbers of a run, beside the number of epochs.
-#[derive(Clone, Debug, Deserialize, PartialEq, Serialize)]
+/// All that decides about the numbers of a run.
+#[derive(Clone, Debug, Serialize)]
 pub struct Config {
     pub version: String,
     pub model: String,
@@ -102,12 +105,14 @@ pub struct Config {
     pub norm: String,
     pub bn_eps: f64,
     pub bn_momentum: f64,
+    pub epochs: usize,
     pub batch_size: usize,
     pub lr: f64,
     pub momentum: f64,
     pub seed: u64,
     pub device: String,
     pub data: String,
+    pub data_hash: String,
     pub train_images: usize,
     pub test_images: usize,
 }
@@ -200,7 +205,7 @@ impl Args {
 
     pub fn describe(&self) -> String {
         format!(
-            "{} with batch norm ({}, {} the activation) and without; SGD lr {} momentum {}, batch {}, {} epochs, seed {}",
+            "{} with batch norm ({}, {} the activation) and without; SGD lr {} momentum {}, batch {}, epochs {}, seed {}",
             name_of(&self.model), name_of(&self.norm), name_of(&self.placement),
             self.lr, self.momentum, self.batch_size, self.epochs, self.seed
         )
@@ -214,12 +219,14 @@ impl Args {
             norm: name_of(&self.norm),
             bn_eps: self.bn_eps,
             bn_momentum: self.bn_momentum,
+            epochs: self.epochs,
             batch_size: self.batch_size,
             lr: self.lr,
             momentum: self.momentum,
             seed: self.seed,
             device: device_name(device).into(),
             data: data.source.clone(),
+            data_hash: format!("{:016x}", data.hash()),
             train_images: data.train.len(),
             test_images: data.test.len(),
         }
@@ -237,5 +244,37 @@ pub fn device_name(device: &Device) -> &'static str {
         Device::Cpu => "cpu",
         Device::Cuda(_) => "cuda",
         Device::Metal(_) => "metal",
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn bad_values_are_named_with_what_was_expected() {
+        for (flag, expected) in [
+            ("--batch-size=0", "at least 2"),
+            ("--batch-size=1", "at least 2"),
+            ("--epochs=0", "at least 1"),
+            ("--lr=0", "a number above 0, is 0"),
+            ("--lr=-0.5", "a number above 0, is -0.5"),
+            ("--lr=nan", "a number above 0, is NaN"),
+            ("--lr=inf", "a number above 0, is inf"),
+            ("--momentum=1", "below 1, is 1"),
+            ("--bn-momentum=1.5", "from 0 to 1, is 1.5"),
+            ("--bn-eps=0", "a number above 0, is 0"),
+            ("--limit=63", "at least a batch of 64 images, is 63"),
+            ("--target-acc=101", "from 0 to 100, is 101"),
+        ] {
+            let error = Args::parse_from(["mnist_compare", flag]).check();
+            let error = error.expect_err(flag).to_string();
+            let name = flag.split('=').next().unwrap_or_default();
+            assert!(
+                error.starts_with(name) && error.contains(expected),
+                "{flag}: {error}"
+            );
+        }
+        assert!(Args::parse_from(["mnist_compare"]).check().is_ok());
     }
 }

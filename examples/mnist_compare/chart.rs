@@ -1,5 +1,6 @@
 //! The four-panel chart: loss and accuracy, in training and test, over the epochs.
 
+use std::ops::Range;
 use std::path::Path;
 
 use anyhow::{anyhow, Result};
@@ -86,6 +87,45 @@ where
     Ok(())
 }
 
+/// The corner in which the legend hides the fewest points; losses fall and accuracies rise, so that
+/// most often the right-hand side is empty above or below.
+fn legend_corner(runs: &[Run], panel: &Panel, range: Range<f64>) -> SeriesLabelPosition {
+    use SeriesLabelPosition::{LowerLeft, LowerRight, UpperLeft, UpperRight};
+    let corners = [
+        (UpperRight, true, true),
+        (LowerRight, true, false),
+        (LowerLeft, false, false),
+        (UpperLeft, false, true),
+    ];
+    let hidden = |right: bool, upper: bool| {
+        let inside = |run: &Run, i: usize, value: f64| {
+            let across = (i as f64 + 0.5) / run.history.len() as f64;
+            let up = (value - range.start) / (range.end - range.start);
+            let (across, up) = (
+                if right { across } else { 1.0 - across },
+                if upper { up } else { 1.0 - up },
+            );
+            across > 0.6 && up > 0.7
+        };
+        let count = |run: &Run| {
+            let values = run.history.iter().map(panel.value).enumerate();
+            values.filter(|&(i, value)| inside(run, i, value)).count()
+        };
+        runs.iter().map(count).sum::<usize>()
+    };
+    let best = corners.into_iter().min_by_key(|&(_, r, u)| hidden(r, u));
+    best.map_or(UpperRight, |(corner, ..)| corner)
+}
+
+/// The label of a tick. A loss that runs away would not fit in plain digits.
+fn tick(y: f64) -> String {
+    match y.abs() >= 1e5 {
+        true => format!("{y:.1e}"),
+        // Rounding first spares the labels the noise of the last bits.
+        false => ((y * 1e6).round() / 1e6).to_string(),
+    }
+}
+
 fn draw_panel<B: DrawingBackend>(
     area: &DrawingArea<B, plotters::coord::Shift>,
     runs: &[Run],
@@ -97,7 +137,8 @@ where
     let epochs = runs.iter().map(|run| run.history.len()).max().unwrap_or(0);
     let values = runs
         .iter()
-        .flat_map(|run| run.history.iter().map(panel.value));
+        .flat_map(|run| run.history.iter().map(panel.value))
+        .filter(|value| value.is_finite());
     let (low, high) = values.fold((f64::MAX, f64::MIN), |(l, h), v| (l.min(v), h.max(v)));
     let (low, high) = if low <= high { (low, high) } else { (0.0, 1.0) };
     let margin = ((high - low) * 0.08).max(high.abs() * 1e-3).max(1e-6);
@@ -119,6 +160,7 @@ where
         })
         .label_style(("sans-serif", 16))
         .axis_desc_style(("sans-serif", 17))
+        .y_label_formatter(&|y| tick(*y))
         .light_line_style(WHITE)
         .draw()?;
     for run in runs {
@@ -127,7 +169,9 @@ where
             .history
             .iter()
             .enumerate()
-            .map(|(i, e)| ((i + 1) as f64, (panel.value)(e)));
+            .map(|(i, e)| ((i + 1) as f64, (panel.value)(e)))
+            // A loss that is not a number any more has no place in the chart.
+            .filter(|(_, value)| value.is_finite());
         let points: Vec<_> = points.collect();
         let line = LineSeries::new(points.clone(), colour.stroke_width(2));
         // Squares and circles tell the models apart in black and white.
@@ -154,11 +198,7 @@ where
         .label_font(("sans-serif", 16))
         .background_style(WHITE.mix(0.85))
         .border_style(BLACK.mix(0.3))
-        .position(if panel.axis == "percent" {
-            SeriesLabelPosition::LowerRight
-        } else {
-            SeriesLabelPosition::UpperRight
-        })
+        .position(legend_corner(runs, panel, low..high))
         .draw()?;
     Ok(())
 }

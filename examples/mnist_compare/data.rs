@@ -1,6 +1,8 @@
 //! Where the pictures come from, and how they become batches.
 
 use std::path::{Path, PathBuf};
+#[cfg(feature = "download")]
+use std::time::Duration;
 
 use anyhow::{bail, Context, Result};
 use candle_core::{Device, Tensor};
@@ -73,31 +75,51 @@ impl Split {
 pub struct Dataset {
     pub train: Split,
     pub test: Split,
-    /// Where it comes from, for people.
+    /// What it is, for people.
     pub source: String,
+    /// Where it was found, if it was.
+    folder: Option<PathBuf>,
     /// Whether these are the example's own digits.
     pub drawn: bool,
 }
 
 impl Dataset {
     pub fn describe(&self) -> String {
+        let folder = self.folder.as_ref();
         format!(
-            "{}: {} training and {} test images",
+            "{}{}: {} training and {} test images",
             self.source,
+            folder.map_or(String::new(), |dir| format!(" in {}", dir.display())),
             self.train.len(),
             self.test.len()
         )
     }
 
     pub fn check(&self, batch_size: usize) -> Result<()> {
-        if self.train.len() < batch_size || self.test.len() == 0 {
+        if self.train.len() < batch_size {
             bail!(
-                "{}: fewer training images than a batch of {batch_size}, or no test images",
-                self.describe()
+                "--batch-size should be at most the number of training images, {}, is {batch_size}",
+                self.train.len()
             )
+        }
+        if self.test.len() == 0 {
+            bail!("there should be test images: {}", self.describe())
         }
         Ok(())
     }
+
+    /// Tells data sets apart that are called the same.
+    pub fn hash(&self) -> u64 {
+        let splits = [&self.train, &self.test].into_iter();
+        fnv1a(splits.flat_map(|split| split.images.iter().chain(&split.labels).copied()))
+    }
+}
+
+/// A hash (FNV-1a) that is the same in every release and on every machine.
+pub fn fnv1a(bytes: impl Iterator<Item = u8>) -> u64 {
+    bytes.fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
+        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
+    })
 }
 
 /// The order of the training images in an epoch: the same for every model and device.
@@ -151,6 +173,7 @@ fn read(dir: &Path) -> Result<Dataset> {
         train: idx::read_split(dir, "train")?,
         test: idx::read_split(dir, "t10k")?,
         source: "MNIST".into(),
+        folder: Some(dir.into()),
         drawn: false,
     })
 }
@@ -161,6 +184,7 @@ fn drawn(seed: u64) -> Dataset {
         // Other digits than those of the training, whatever the seed.
         test: digits::draw(DRAWN_TEST, !seed),
         source: "digits drawn by this example (not MNIST)".into(),
+        folder: None,
         drawn: true,
     }
 }
@@ -188,13 +212,17 @@ fn download() -> Result<Option<Dataset>> {
         "t10k-labels-idx1-ubyte.gz",
     ];
     let Some(dir) = cache() else { return Ok(None) };
-    let parent = dir.parent().context("the cache has no parent folder")?;
-    std::fs::create_dir_all(parent)?;
-    // All four or nothing: a folder that is there is taken to be whole.
-    let unfinished = tempfile::tempdir_in(parent)?;
+    std::fs::create_dir_all(&dir)?;
+    // Read there first, and moved only if they serve.
+    let unfinished = tempfile::tempdir_in(&dir)?;
+    let agent: ureq::Agent = ureq::Agent::config_builder()
+        .timeout_connect(Some(Duration::from_secs(10)))
+        .timeout_global(Some(Duration::from_secs(300)))
+        .build()
+        .into();
     for file in FILES {
         println!("downloading {file}");
-        let mut response = ureq::get(format!("{MIRROR}/{file}")).call()?;
+        let mut response = agent.get(format!("{MIRROR}/{file}")).call()?;
         let bytes = response
             .body_mut()
             .with_config()
@@ -202,9 +230,11 @@ fn download() -> Result<Option<Dataset>> {
             .read_to_vec()?;
         std::fs::write(unfinished.path().join(file), bytes)?;
     }
-    let data = read(unfinished.path())?;
-    std::fs::rename(unfinished.keep(), dir)?;
-    Ok(Some(data))
+    read(unfinished.path())?;
+    for file in FILES {
+        std::fs::rename(unfinished.path().join(file), dir.join(file))?;
+    }
+    read(&dir).map(Some)
 }
 
 #[cfg(test)]

@@ -89,9 +89,12 @@ fn open(path: &Path) -> Result<Box<dyn Read>> {
 fn header<const N: usize>(reader: &mut dyn Read, path: &Path, magic: u32) -> Result<[u32; N]> {
     let mut next = |byte: usize, what: &str| -> Result<u32> {
         let mut bytes = [0; 4];
-        reader
-            .read_exact(&mut bytes)
-            .with_context(|| format!("{}: at byte {byte}: no {what} of 4 bytes", path.display()))?;
+        reader.read_exact(&mut bytes).with_context(|| {
+            format!(
+                "{}: at byte {byte}: expected a {what} of 4 bytes",
+                path.display()
+            )
+        })?;
         Ok(u32::from_be_bytes(bytes))
     };
     let got = next(0, "magic number")?;
@@ -111,10 +114,15 @@ fn header<const N: usize>(reader: &mut dyn Read, path: &Path, magic: u32) -> Res
 /// Reads the rest, which should be `expected` bytes long. Memory grows with what is really there.
 fn body(reader: Box<dyn Read>, path: &Path, start: usize, expected: usize) -> Result<Vec<u8>> {
     let mut bytes = vec![];
-    reader
-        .take(expected as u64 + 1)
-        .read_to_end(&mut bytes)
-        .with_context(|| format!("{}: after byte {}", path.display(), start + bytes.len()))?;
+    let read = reader.take(expected as u64 + 1).read_to_end(&mut bytes);
+    read.with_context(|| {
+        format!(
+            "{}: at byte {} of {} expected",
+            path.display(),
+            start + bytes.len(),
+            start + expected
+        )
+    })?;
     if bytes.len() != expected {
         let end = start + bytes.len().min(expected);
         let what = if bytes.len() < expected {
@@ -197,7 +205,7 @@ mod tests {
                 &|_, l| l[9] = 10,
             ),
             (
-                "train-labels-idx1-ubyte: at byte 4: no size of 4 bytes",
+                "train-labels-idx1-ubyte: at byte 4: expected a size of 4 bytes",
                 &|_, l| l.truncate(6),
             ),
             (
@@ -216,6 +224,24 @@ mod tests {
                 "{error:?} should contain {expected:?}"
             );
         }
+    }
+
+    #[test]
+    fn a_compressed_file_that_was_cut_is_an_error() {
+        let dir = tempfile::tempdir().unwrap();
+        let mut gz = flate2::write::GzEncoder::new(vec![], Default::default());
+        gz.write_all(&bytes().0).unwrap();
+        let cut = gz.finish().unwrap();
+        let path = dir.path().join("train-images-idx3-ubyte.gz");
+        std::fs::write(&path, &cut[..cut.len() / 2]).unwrap();
+        std::fs::write(dir.path().join("train-labels-idx1-ubyte"), bytes().1).unwrap();
+        let error = read_split(dir.path(), "train").map(|_| ()).unwrap_err();
+        let error = format!("{error:#}");
+        assert!(
+            error.contains("train-images-idx3-ubyte.gz: at byte "),
+            "{error}"
+        );
+        assert!(error.contains(" of 1584 expected"), "{error}");
     }
 
     /// A header that promises 4 billion images must not be believed before they are seen.

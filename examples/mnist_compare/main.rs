@@ -52,6 +52,10 @@ fn compare(args: &Args) -> Result<ExitCode> {
     std::fs::create_dir_all(&args.out)
         .with_context(|| format!("cannot make the folder {}", args.out.display()))?;
 
+    if !args.resume {
+        state::forget(&args.out)?;
+    }
+
     let stop = stop_on_ctrl_c()?;
     let config = args.config(&device, &data);
     let mut runs = vec![];
@@ -70,11 +74,16 @@ fn compare(args: &Args) -> Result<ExitCode> {
         }
     }
 
+    if runs.iter().all(|run| run.history.is_empty()) {
+        println!("stopped before the first epoch ended: nothing was written");
+        return Ok(ExitCode::from(INTERRUPTED));
+    }
     report::write_files(&runs, &config, &data, &args.out)?;
     print!("\n{}", report::table(&runs));
-    println!("\nwritten to {}: batch_normalization_comparison.png and .svg, metrics.csv, metrics.json, and the models",
+    println!("\nwritten to {}: batch_normalization_comparison.png and .svg, metrics.csv, metrics.json, and each trained model",
         args.out.display());
-    if stop.load(Ordering::Relaxed) {
+    let finished = runs.len() == 2 && runs.iter().all(|run| run.history.len() == args.epochs);
+    if !finished {
         println!("stopped: the same command with --resume goes on after the last whole epoch");
         return Ok(ExitCode::from(INTERRUPTED));
     }

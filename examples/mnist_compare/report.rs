@@ -5,7 +5,7 @@ use std::path::Path;
 use std::process::ExitCode;
 
 use anyhow::Result;
-use serde::Serialize;
+use serde_json::Value;
 
 use crate::args::Config;
 use crate::chart;
@@ -16,43 +16,8 @@ use crate::train::{Epoch, Run};
 /// The test accuracy whose first epoch the table names.
 const MILESTONE: f64 = 0.97;
 
-/// One row of metrics.csv.
-#[derive(Serialize)]
-struct Row<'a> {
-    model: &'a str,
-    epoch: usize,
-    train_loss: f64,
-    train_accuracy: f64,
-    test_loss: f64,
-    test_accuracy: f64,
-    seconds: f64,
-    data: &'a str,
-}
-
 pub fn write_files(runs: &[Run], config: &Config, data: &Dataset, dir: &Path) -> Result<()> {
-    let mut csv = csv::Writer::from_writer(vec![]);
-    for run in runs {
-        for (i, epoch) in run.history.iter().enumerate() {
-            let Epoch {
-                train_loss,
-                train_accuracy,
-                test_loss,
-                test_accuracy,
-                seconds,
-            } = *epoch;
-            csv.serialize(Row {
-                model: run.key(),
-                epoch: i + 1,
-                train_loss,
-                train_accuracy,
-                test_loss,
-                test_accuracy,
-                seconds,
-                data: &data.source,
-            })?;
-        }
-    }
-    write_whole(&dir.join("metrics.csv"), &csv.into_inner()?)?;
+    write_whole(&dir.join("metrics.csv"), &metrics_csv(runs, config)?)?;
 
     let models: serde_json::Map<_, _> = runs
         .iter()
@@ -70,6 +35,42 @@ pub fn write_files(runs: &[Run], config: &Config, data: &Dataset, dir: &Path) ->
         data.source
     );
     chart::draw(runs, &title, &dir.join("batch_normalization_comparison"))
+}
+
+/// A row for each epoch of each model, with the configuration in it: rows of many runs can be joined.
+fn metrics_csv(runs: &[Run], config: &Config) -> Result<Vec<u8>> {
+    let config = serde_json::to_value(config)?;
+    let config: Vec<_> = config.as_object().into_iter().flatten().collect();
+    let mut csv = csv::Writer::from_writer(vec![]);
+    let metrics = [
+        "model",
+        "epoch",
+        "train_loss",
+        "train_accuracy",
+        "test_loss",
+        "test_accuracy",
+        "seconds",
+    ];
+    let names = config.iter().map(|(name, _)| format!("config.{name}"));
+    csv.write_record(metrics.map(String::from).into_iter().chain(names))?;
+    for run in runs {
+        for (i, epoch) in run.history.iter().enumerate() {
+            let numbers = [
+                epoch.train_loss,
+                epoch.train_accuracy,
+                epoch.test_loss,
+                epoch.test_accuracy,
+                epoch.seconds,
+            ];
+            let row = [run.key().to_string(), (i + 1).to_string()].into_iter();
+            let settings = config.iter().map(|(_, value)| match value {
+                Value::String(text) => text.clone(),
+                other => other.to_string(),
+            });
+            csv.write_record(row.chain(numbers.map(|n| n.to_string())).chain(settings))?;
+        }
+    }
+    Ok(csv.into_inner()?)
 }
 
 /// Both models side by side, after the first epoch and the last.

@@ -1,17 +1,18 @@
 //! Files to resume from: one for each model, with its variables, its optimiser and its history, so
 //! that these cannot disagree; and the trained model by itself. All are replaced whole or not at all.
 
-use std::collections::HashMap;
+use std::collections::{BTreeMap, BTreeSet, HashMap};
 use std::io::Write;
-use std::path::Path;
+use std::path::{Path, PathBuf};
 
 use anyhow::{bail, Context, Result};
 use candle_core::{Device, Tensor};
 use safetensors::SafeTensors;
+use serde_json::Value;
 
 use crate::args::Config;
 use crate::sgd::sorted;
-use crate::train::{Epoch, Run};
+use crate::train::{Epoch, Run, KEYS};
 
 const HISTORY: &str = "history";
 
@@ -37,16 +38,32 @@ pub fn save(run: &Run, config: &Config, dir: &Path) -> Result<()> {
     let tensors = tensors.iter().map(|(name, tensor)| (name, tensor));
     let resume = safetensors::serialize(tensors, Some(metadata))?;
 
-    write_whole(
-        &dir.join(format!("{}.resume.safetensors", run.key())),
-        &resume,
-    )?;
+    write_whole(&resume_file(dir, run.key()), &resume)?;
     write_whole(&dir.join(format!("{}.safetensors", run.key())), &model)
+}
+
+/// Removes what an earlier run left in `dir` to resume from, so that a later `--resume` cannot meet
+/// it. The trained models stay until others replace them.
+pub fn forget(dir: &Path) -> Result<()> {
+    for key in KEYS {
+        let path = resume_file(dir, key);
+        match std::fs::remove_file(&path) {
+            Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
+                return Err(error).with_context(|| format!("cannot remove {}", path.display()))
+            }
+            _ => {}
+        }
+    }
+    Ok(())
+}
+
+fn resume_file(dir: &Path, key: &str) -> PathBuf {
+    dir.join(format!("{key}.resume.safetensors"))
 }
 
 /// Takes a run up where [`save`] left it, if there is something to take up.
 pub fn resume(run: &mut Run, config: &Config, dir: &Path) -> Result<()> {
-    let path = dir.join(format!("{}.resume.safetensors", run.key()));
+    let path = resume_file(dir, run.key());
     if !path.exists() {
         println!(
             "{}: nothing to resume in {}, so it starts anew",
@@ -65,8 +82,7 @@ fn restore(run: &mut Run, config: &Config, bytes: &[u8]) -> Result<()> {
         .metadata()
         .as_ref()
         .and_then(|metadata| metadata.get("config"));
-    let saved: Config = serde_json::from_str(saved.context("it has no configuration")?)?;
-    check_same(&saved, config)?;
+    check_same(saved.context("it has no configuration")?, config)?;
 
     let tensors = candle_core::safetensors::load_buffer(bytes, &Device::Cpu)?;
     let get = |name: String| -> Result<Tensor> {
@@ -76,6 +92,13 @@ fn restore(run: &mut Run, config: &Config, bytes: &[u8]) -> Result<()> {
         Ok(tensor.to_device(&run.device)?)
     };
     let history = history_of(&get(HISTORY.to_string())?)?;
+    if history.len() > config.epochs {
+        bail!(
+            "it has {} epochs, and --epochs is {}",
+            history.len(),
+            config.epochs
+        )
+    }
     // All is read before anything is changed.
     let vars = sorted(&run.vars)
         .into_iter()
@@ -85,8 +108,11 @@ fn restore(run: &mut Run, config: &Config, bytes: &[u8]) -> Result<()> {
         .sgd
         .vars
         .iter()
-        .map(|(name, _)| get(format!("velocity.{name}")).ok())
-        .collect();
+        .map(|(name, _)| {
+            let velocity = tensors.get(&format!("velocity.{name}"));
+            velocity.map(|v| v.to_device(&run.device)).transpose()
+        })
+        .collect::<candle_core::Result<_>>()?;
     for (var, value) in vars {
         var.set(&value)?;
     }
@@ -95,20 +121,25 @@ fn restore(run: &mut Run, config: &Config, bytes: &[u8]) -> Result<()> {
     Ok(())
 }
 
-/// Names everything in which a saved run differs.
-fn check_same(saved: &Config, config: &Config) -> Result<()> {
-    if saved == config {
-        return Ok(());
-    }
-    let (saved, now) = (serde_json::to_value(saved)?, serde_json::to_value(config)?);
-    let differences: Vec<_> = now
-        .as_object()
+/// Names everything in which a saved run differs; it may have been meant for fewer epochs.
+fn check_same(saved: &str, config: &Config) -> Result<()> {
+    // Both are read from text, so that numbers are rounded alike.
+    let parse = serde_json::from_str::<BTreeMap<String, Value>>;
+    let (saved, now) = (parse(saved)?, parse(&serde_json::to_string(config)?)?);
+    let names: BTreeSet<_> = saved.keys().chain(now.keys()).collect();
+    let show = |value: Option<&Value>| value.map_or("nothing".to_string(), Value::to_string);
+    let differences: Vec<_> = names
         .into_iter()
-        .flatten()
-        .filter(|(name, value)| saved.get(name) != Some(value))
-        .map(|(name, value)| format!("{name} was {}, is {value}", saved[name]))
+        .filter(|&name| name != "epochs" && saved.get(name) != now.get(name))
+        .map(|name| {
+            let (was, is) = (show(saved.get(name)), show(now.get(name)));
+            format!("{name} was {was}, is {is}")
+        })
         .collect();
-    bail!("it is of another run: {}", differences.join("; "))
+    if !differences.is_empty() {
+        bail!("it is of another run: {}", differences.join("; "))
+    }
+    Ok(())
 }
 
 fn history_tensor(history: &[Epoch]) -> Result<Tensor> {
@@ -189,7 +220,7 @@ mod tests {
         };
         let (never, dir) = (AtomicBool::new(false), tempfile::tempdir()?);
         let data = data::load(&args("1"))?;
-        let config = args("1").config(&Device::Cpu, &data);
+        let config = args("3").config(&Device::Cpu, &data);
         let mut whole = Run::new(&args("3"), true, &Device::Cpu)?;
         train(&mut whole, &args("3"), &data, &never, |_| Ok(()))?;
 
@@ -202,12 +233,39 @@ mod tests {
         train(&mut second, &args("3"), &data, &never, |_| Ok(()))?;
         assert_eq!(losses(&second), losses(&whole));
 
-        let other = Config { lr: 0.5, ..config };
-        let error = resume(&mut second, &other, dir.path()).unwrap_err();
+        for (name, var) in sorted(&whole.vars) {
+            let resumed = second.vars.data().lock().unwrap()[&name].clone();
+            let (a, b) = (var.flatten_all()?, resumed.flatten_all()?);
+            assert_eq!(a.to_vec1::<f32>()?, b.to_vec1::<f32>()?, "{name}");
+        }
+
+        save(&second, &config, dir.path())?;
+        let error_with = |other: Config| {
+            let mut run = Run::new(&args("3"), true, &Device::Cpu).unwrap();
+            format!("{:#}", resume(&mut run, &other, dir.path()).unwrap_err())
+        };
+        let error = error_with(Config {
+            lr: 0.5,
+            seed: 7,
+            ..config.clone()
+        });
         assert!(
-            format!("{error:#}").contains("lr was 0.01, is 0.5"),
-            "{error:#}"
+            error.ends_with("lr was 0.01, is 0.5; seed was 42, is 7"),
+            "{error}"
         );
+        let error = error_with(Config {
+            epochs: 2,
+            ..config.clone()
+        });
+        assert!(
+            error.ends_with("it has 3 epochs, and --epochs is 2"),
+            "{error}"
+        );
+
+        forget(dir.path())?;
+        let left = std::fs::read_dir(dir.path())?.map(|entry| Ok(entry?.file_name()));
+        let left = left.collect::<Result<Vec<_>>>()?;
+        assert_eq!(left, ["with_bn.safetensors"]);
         Ok(())
     }
 }

@@ -13,7 +13,7 @@ use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use crate::args::Args;
-use crate::data::{shuffled, Dataset, Split};
+use crate::data::{fnv1a, shuffled, Dataset, Split};
 use crate::sgd::{sorted, Sgd};
 
 /// Test images that are evaluated at a time.
@@ -21,6 +21,9 @@ const EVAL_BATCH: usize = 1000;
 
 /// After so many steps the sums come from the device; each time costs it a pause.
 const STEPS_BETWEEN_READS: usize = 20;
+
+/// The models' names in files and columns: without batch norm and with it.
+pub const KEYS: [&str; 2] = ["without_bn", "with_bn"];
 
 /// What one epoch came to. Accuracies are fractions, over the whole epoch and the whole test set.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -69,10 +72,7 @@ impl Run {
 
     /// For names of files and columns.
     pub fn key(&self) -> &'static str {
-        match self.with_bn {
-            true => "with_bn",
-            false => "without_bn",
-        }
+        KEYS[usize::from(self.with_bn)]
     }
 
     fn input_shape(&self) -> [usize; 3] {
@@ -244,7 +244,7 @@ fn initialise(vars: &VarMap, seed: u64) -> Result<()> {
             .find(|(other, _)| *other == format!("{layer}.weight"));
         let fan_in: usize = weight.map_or(1, |(_, weight)| weight.dims()[1..].iter().product());
         let bound = 1.0 / (fan_in as f32).sqrt();
-        let mut rng = ChaCha8Rng::seed_from_u64(seed ^ fnv1a(name));
+        let mut rng = ChaCha8Rng::seed_from_u64(seed ^ fnv1a(name.bytes()));
         let values: Vec<f32> = (0..var.elem_count())
             .map(|_| bound * (2.0 * rng.random::<f32>() - 1.0))
             .collect();
@@ -253,17 +253,29 @@ fn initialise(vars: &VarMap, seed: u64) -> Result<()> {
     Ok(())
 }
 
-/// A hash that is the same in every release and on every machine.
-fn fnv1a(text: &str) -> u64 {
-    text.bytes().fold(0xcbf2_9ce4_8422_2325, |hash, byte| {
-        (hash ^ u64::from(byte)).wrapping_mul(0x0100_0000_01b3)
-    })
-}
-
 #[cfg(test)]
 mod tests {
     use super::*;
     use clap::Parser;
+
+    /// fc2 of the MLP has 256 inputs, so ±1/16; the variance of a uniform distribution is bound²/3.
+    #[test]
+    fn weights_start_as_in_pytorch() -> Result<()> {
+        let run = Run::new(&Args::parse_from(["mnist_compare"]), true, &Device::Cpu)?;
+        let vars = run.vars.data().lock().unwrap();
+        let values = |name: &str| vars[name].flatten_all()?.to_vec1::<f32>();
+        let weight = values("fc2.weight")?;
+        let count = weight.len() as f32;
+        let mean = weight.iter().sum::<f32>() / count;
+        let var = weight.iter().map(|w| w * w).sum::<f32>() / count;
+        assert!(weight.iter().all(|w| w.abs() <= 1.0 / 16.0));
+        assert!(mean.abs() < 1e-3, "{mean}");
+        assert!((var * 3.0 * 256.0 - 1.0).abs() < 0.02, "{var}");
+        assert!(values("fc2.bias")?.iter().all(|b| b.abs() <= 1.0 / 16.0));
+        assert!(values("bn1.weight")?.iter().all(|&w| w == 1.0));
+        assert!(values("bn1.bias")?.iter().all(|&b| b == 0.0));
+        Ok(())
+    }
 
     #[test]
     fn both_models_start_alike() -> Result<()> {
