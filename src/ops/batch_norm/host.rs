@@ -3,9 +3,9 @@
 use candle_core::op::BackpropOp;
 use candle_core::{bail, CpuStorage, Device, Layout, Result, Storage, Tensor, WithDType};
 
-use super::cpu::{self, Backward, Element, Forward, PerChannel, Wants};
+use super::cpu::{self, Backward, Element, Forward};
 use super::op::{BackwardTensors, BatchNormOp, Operand, Operands, TensorGrads};
-use super::Spec;
+use super::{Spec, Wants};
 
 /// A dtype of candle's that the loops can work on.
 trait HostElement: Element + WithDType {}
@@ -37,7 +37,7 @@ fn forward_as<T: HostElement>(
     let (y, stats) = cpu::forward(&Forward {
         spec,
         x: values::<T>(&operands.x)?,
-        params: params(operands)?,
+        params: params(operands, spec.dims.c)?,
         residual: operands.residual.as_ref().map(values::<T>).transpose()?,
         given,
     });
@@ -76,7 +76,7 @@ fn backward_as<T: HostElement>(
         x: values::<T>(&operands.x)?,
         dy: values::<T>(&(cpu_storage(&dy)?, dy_layout.clone()))?,
         y: y.as_ref().map(values::<T>).transpose()?,
-        params: params(&operands)?,
+        params: params(&operands, op.spec.dims.c)?,
         saved: values::<f64>(&(cpu_storage(&saved)?, saved_layout.clone()))?,
         wants,
     });
@@ -106,14 +106,14 @@ fn cpu_storage(storage: &Storage) -> Result<&CpuStorage> {
     }
 }
 
-fn params<'a>(operands: &Operands<'a, CpuStorage>) -> Result<cpu::Params<'a>> {
-    let resolve = |operand: &Option<Operand<'a, CpuStorage>>| match operand {
-        None => Ok(None),
-        Some(operand) => per_channel(operand).map(Some),
+fn params(operands: &Operands<CpuStorage>, c: usize) -> Result<cpu::Params> {
+    let resolve = |operand: &Option<Operand<CpuStorage>>, absent: f64| match operand {
+        None => Ok(vec![absent; c]),
+        Some(operand) => per_channel(operand),
     };
     Ok(cpu::Params {
-        weight: resolve(&operands.weight)?,
-        bias: resolve(&operands.bias)?,
+        weight: resolve(&operands.weight, 1.0)?,
+        bias: resolve(&operands.bias, 0.0)?,
     })
 }
 
@@ -122,13 +122,14 @@ fn values<'a, T: WithDType>((storage, layout): &Operand<'a, CpuStorage>) -> Resu
     Ok(&T::cpu_storage_as_slice(storage)?[offsets(layout)?])
 }
 
-fn per_channel<'a>((storage, layout): &Operand<'a, CpuStorage>) -> Result<PerChannel<'a>> {
+/// One value per channel, from any of the floating-point dtypes.
+fn per_channel((storage, layout): &Operand<CpuStorage>) -> Result<Vec<f64>> {
     let range = offsets(layout)?;
     Ok(match storage {
-        CpuStorage::F32(values) => PerChannel::F32(&values[range]),
-        CpuStorage::F64(values) => PerChannel::F64(&values[range]),
-        CpuStorage::F16(values) => PerChannel::F16(&values[range]),
-        CpuStorage::BF16(values) => PerChannel::BF16(&values[range]),
+        CpuStorage::F32(values) => values[range].iter().map(|&v| f64::from(v)).collect(),
+        CpuStorage::F64(values) => values[range].to_vec(),
+        CpuStorage::F16(values) => values[range].iter().map(|v| v.to_f64()).collect(),
+        CpuStorage::BF16(values) => values[range].iter().map(|v| v.to_f64()).collect(),
         _ => bail!("batch norm expects floating-point values per channel"),
     })
 }

@@ -98,8 +98,17 @@ pub(crate) struct Spec {
     pub remove_mean: bool,
 }
 
+/// Which gradients somebody asked for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Wants {
+    pub dx: bool,
+    pub dparams: bool,
+    pub dresidual: bool,
+}
+
 impl Spec {
     /// `1 / √(var + eps)`
+    #[inline(always)]
     pub fn rstd(&self, var: f64) -> f64 {
         1.0 / (var + self.eps).sqrt()
     }

@@ -6,8 +6,7 @@ use std::sync::{Arc, OnceLock};
 use candle_core::CudaStorage;
 use candle_core::{bail, CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor};
 
-use super::cpu::Wants;
-use super::{host, Activation, Spec};
+use super::{host, Activation, Spec, Wants};
 
 /// Where weight and bias stand among the op's arguments, as far as there are any.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]

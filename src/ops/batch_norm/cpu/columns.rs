@@ -1,221 +1,250 @@
-//! A matrix `[m, c]`, whose channels are its columns: one task per block of neighbouring columns.
+//! A matrix `[m, c]`, whose channels are its columns: all of them one group, its parts some rows each.
 
 use std::ops::Range;
 
-use super::element::{write_y, Channel, ChannelGrad, Channels, Element, Mask, Real, Slice};
-use super::output::Output;
-use super::{for_each, Backward, Forward, Grads};
+use super::convert::{Element, Real};
+use super::element::{Channel, ChannelGrad, Channels, Mask, Slice};
+use super::passes::{ChannelRow, GradRow, Pair, Tiling};
+use super::sweep::{Division, Tile, PART};
+use crate::shape::Dims;
 
-/// Columns of a task: enough for whole cache lines in every row, few enough for the L1 cache.
-const WIDTH: usize = 64;
+/// Fewer rows in a part would make its sums a burden to store and to merge.
+const FEWEST_ROWS: usize = 32;
 
-/// One value for each column of a block.
-type Row<T> = [T; WIDTH];
+/// Columns that are summed side by side.
+const STRIP: usize = 32;
 
-pub(super) fn forward<T: Element>(job: &Forward<T>) -> (Vec<T>, Vec<f64>) {
-    let spec = job.spec;
-    let (m, c) = (spec.dims.m(), spec.dims.c);
-    let (mut y, mut saved) = (Output::new(m * c), Output::new(2 * c));
-    let (y_parts, saved_parts) = (y.parts(), saved.parts());
-    for_each(c.div_ceil(WIDTH), m * c, |block| {
-        let block = Block::new(block, m, c);
-        let (mut mean, mut var) = ([0.0; WIDTH], [0.0; WIDTH]);
-        match job.given {
-            Some([given_mean, given_var]) => {
-                for (j, column) in block.columns.clone().enumerate() {
-                    (mean[j], var[j]) = (given_mean.get(column), given_var.get(column));
-                }
-            }
-            None => (mean, var) = statistics(job.x, &block, spec.remove_mean),
-        }
-        let mut normalise = ChannelRow::new();
-        for (j, column) in block.columns.clone().enumerate() {
-            let (weight, bias) = (job.params.weight(column), job.params.bias(column));
-            normalise.set(j, Channel::new(mean[j], spec.rstd(var[j]), weight, bias));
-            for (row, value) in [(0, mean[j]), (1, var[j])] {
-                let index = row * c + column;
-                // SAFETY: no other task writes this column's two values.
-                unsafe { saved_parts.write(index, value) };
-            }
-        }
-        for range in block.rows() {
-            let residual = job.residual.map(|residual| &residual[range.clone()]);
-            // SAFETY: the rows of different blocks do not overlap, nor do those of one.
-            let y = unsafe { y_parts.part(range.clone()) };
-            write_y(y, &job.x[range], residual, &normalise, spec.activation);
-        }
-    });
-    // SAFETY: the rows of all blocks make up the whole of `y`, and `saved` has two per column.
-    unsafe { (y.finish(), saved.finish()) }
-}
+/// Rows that are added up before they are added to the sums.
+const ROWS: usize = 4;
 
-pub(super) fn backward<T: Element, M: Mask<T>>(job: &Backward<T>, mask: M) -> Grads<T> {
-    let spec = job.spec;
-    let (m, c) = (spec.dims.m(), spec.dims.c);
-    let mut dx = job.wants.dx.then(|| Output::new(m * c));
-    let mut dresidual = job.wants.dresidual.then(|| Output::new(m * c));
-    let mut dparams = job.wants.dparams.then(|| Output::new(2 * c));
-    let dx_parts = dx.as_mut().map(Output::parts);
-    let dresidual_parts = dresidual.as_mut().map(Output::parts);
-    let dparams_parts = dparams.as_mut().map(Output::parts);
-    for_each(c.div_ceil(WIDTH), m * c, |block| {
-        let block = Block::new(block, m, c);
-        let slice = |range: Range<usize>| Slice {
-            x: &job.x[range.clone()],
-            dy: &job.dy[range.clone()],
-            mask: mask.slice(range),
-        };
-        let (mut mean, mut rstd) = ([0.0; WIDTH], [0.0; WIDTH]);
-        let mut normalise = ChannelRow::new();
-        for (j, column) in block.columns.clone().enumerate() {
-            (mean[j], rstd[j]) = (job.saved[column], spec.rstd(job.saved[c + column]));
-            let (weight, bias) = (job.params.weight(column), job.params.bias(column));
-            normalise.set(j, Channel::new(mean[j], rstd[j], weight, bias));
-        }
-        let (mut sum_g, mut sum_gx) = ([0.0; WIDTH], [0.0; WIDTH]);
-        if job.wants.dparams || (job.wants.dx && spec.training) {
-            for range in block.rows() {
-                add_sums(&mut sum_g, &mut sum_gx, &slice(range), &normalise, &mean);
-            }
-        }
-        let mut grad = ChannelGradRow::new();
-        for (j, column) in block.columns.clone().enumerate() {
-            let m = m as f64;
-            grad.mean_g[j] = Real::from_f64(if spec.remove_mean { sum_g[j] / m } else { 0.0 });
-            grad.slope[j] = Real::from_f64(rstd[j] * rstd[j] * sum_gx[j] / m);
-            if let Some(parts) = dparams_parts {
-                for (row, value) in [(0, rstd[j] * sum_gx[j]), (1, sum_g[j])] {
-                    let index = row * c + column;
-                    // SAFETY: no other task writes this column's two values.
-                    unsafe { parts.write(index, value) };
-                }
-            }
-        }
-        for range in block.rows() {
-            let slice = slice(range.clone());
-            if let Some(parts) = dx_parts {
-                // SAFETY: the rows of different blocks do not overlap, nor do those of one.
-                let dx = unsafe { parts.part(range.clone()) };
-                if spec.training {
-                    slice.write_dx_training(dx, &normalise, &grad);
-                } else {
-                    slice.write_dx_given(dx, &normalise);
-                }
-            }
-            if let Some(parts) = dresidual_parts {
-                // SAFETY: as for `dx`.
-                slice.write_g(unsafe { parts.part(range) }, &normalise);
-            }
-        }
-    });
-    // SAFETY: the rows of all blocks make up the whole of `dx` and of `dresidual`, and `dparams`
-    // has two values per column.
-    unsafe {
-        Grads {
-            dx: dx.map(|dx| dx.finish()),
-            dparams: dparams.map(|dparams| dparams.finish()),
-            dresidual: dresidual.map(|dresidual| dresidual.finish()),
-        }
-    }
-}
-
-/// The columns of one task.
-struct Block {
-    columns: Range<usize>,
+pub(super) struct Columns {
     m: usize,
     c: usize,
+    /// Of a part.
+    rows: usize,
 }
 
-impl Block {
-    fn new(index: usize, m: usize, c: usize) -> Self {
-        let start = index * WIDTH;
-        let columns = start..c.min(start + WIDTH);
-        Self { columns, m, c }
-    }
-
-    /// Where the block's part of each row lies.
-    fn rows(&self) -> impl Iterator<Item = Range<usize>> {
-        let (columns, c) = (self.columns.clone(), self.c);
-        (0..self.m).map(move |row| row * c + columns.start..row * c + columns.end)
-    }
-}
-
-/// Mean and biased variance of the columns of a block, in `f64`, as for planes.
-fn statistics<T: Element>(x: &[T], block: &Block, remove_mean: bool) -> (Row<f64>, Row<f64>) {
-    let m = block.m as f64;
-    let (mut mean, mut var) = ([0.0; WIDTH], [0.0; WIDTH]);
-    if remove_mean {
-        let mut pivot = [0.0; WIDTH];
-        for (pivot, x) in pivot.iter_mut().zip(&x[block.columns.clone()]) {
-            *pivot = x.to_f64();
-        }
-        for range in block.rows() {
-            for ((sum, x), pivot) in mean.iter_mut().zip(&x[range]).zip(&pivot) {
-                *sum += x.to_f64() - pivot;
-            }
-        }
-        for (mean, pivot) in mean.iter_mut().zip(&pivot) {
-            *mean = pivot + *mean / m;
-        }
-    }
-    for range in block.rows() {
-        for ((sum, x), mean) in var.iter_mut().zip(&x[range]).zip(&mean) {
-            let centred = x.to_f64() - mean;
-            *sum += centred * centred;
-        }
-    }
-    for var in &mut var {
-        *var /= m;
-    }
-    (mean, var)
-}
-
-/// Adds `g` and `g·(x - mean)` of one row to the sums of the columns.
-#[inline(always)]
-fn add_sums<T: Element, M: Mask<T>>(
-    sum_g: &mut Row<f64>,
-    sum_gx: &mut Row<f64>,
-    slice: &Slice<T, M>,
-    channels: &ChannelRow<T::Real>,
-    mean: &Row<f64>,
-) {
-    let width = slice.x.len().min(WIDTH);
-    let (x, dy) = (&slice.x[..width], &slice.dy[..width]);
-    for j in 0..width {
-        let g = slice.mask.g(j, x[j], dy[j], &channels.at(j)).to_f64();
-        sum_g[j] += g;
-        sum_gx[j] += g * (x[j].to_f64() - mean[j]);
-    }
-}
-
-/// A [`Channel`] for each column of a block, field by field so that loops over them vectorise.
-struct ChannelRow<A> {
-    hi: Row<A>,
-    lo: Row<A>,
-    scale: Row<A>,
-    shift: Row<A>,
-}
-
-impl<A: Real> ChannelRow<A> {
-    fn new() -> Self {
-        let zeros = [A::ZERO; WIDTH];
+impl Columns {
+    pub fn new(dims: Dims) -> Self {
         Self {
-            hi: zeros,
-            lo: zeros,
-            scale: zeros,
-            shift: zeros,
+            m: dims.m(),
+            c: dims.c,
+            rows: (PART / dims.c).max(FEWEST_ROWS),
         }
     }
 
-    fn set(&mut self, j: usize, channel: Channel<A>) {
-        self.hi[j] = channel.hi;
-        self.lo[j] = channel.lo;
-        self.scale[j] = channel.scale;
-        self.shift[j] = channel.shift;
+    /// Calls `f` for each strip of columns.
+    #[inline(always)]
+    fn strips(&self, mut f: impl FnMut(Range<usize>)) {
+        let mut start = 0;
+        while start < self.c {
+            let end = self.c.min(start + STRIP);
+            f(start..end);
+            start = end;
+        }
     }
 }
 
-impl<A: Real> Channels<Channel<A>> for &ChannelRow<A> {
+impl Tiling for Columns {
+    type Row<A: Real> = Vec<A>;
+    type Channels<'a, A: Real + 'a> = ChannelSlices<'a, A>;
+    type Grads<'a, A: Real + 'a> = GradSlices<'a, A>;
+
+    fn division(&self) -> Division {
+        Division {
+            groups: 1,
+            parts: self.m.div_ceil(self.rows),
+            values: self.m * self.c,
+        }
+    }
+
+    fn channels(&self, _group: usize) -> Range<usize> {
+        0..self.c
+    }
+
+    fn row<A: Real>(&self) -> Vec<A> {
+        vec![A::ZERO; self.c]
+    }
+
+    fn values(&self, part: usize) -> usize {
+        (self.m - part * self.rows).min(self.rows)
+    }
+
+    #[inline(always)]
+    fn runs(&self, tile: Tile) -> impl Iterator<Item = Range<usize>> {
+        let (first, c) = (tile.part * self.rows, self.c);
+        (first..first + self.values(tile.part)).map(move |row| row * c..(row + 1) * c)
+    }
+
+    #[inline(always)]
+    fn moments<T: Element>(&self, x: &[T], tile: Tile, remove_mean: bool) -> Pair<Vec<f64>> {
+        let m = self.values(tile.part) as f64;
+        let x = &x[tile.part * self.rows * self.c..][..self.values(tile.part) * self.c];
+        let (mut means, mut squares) = (self.row(), self.row());
+        self.strips(|columns| {
+            let mut mean = [0.0; STRIP];
+            if remove_mean {
+                // As for planes: a constant column has exactly its value as mean.
+                let mut pivot = [0.0; STRIP];
+                for (pivot, x) in pivot.iter_mut().zip(&x[columns.clone()]) {
+                    *pivot = x.to_f64();
+                }
+                let mut sum = [0.0; STRIP];
+                add_rows(&mut sum, x, self.c, &columns, |j, x| x - pivot[j]);
+                for ((mean, pivot), sum) in mean.iter_mut().zip(&pivot).zip(&sum) {
+                    *mean = pivot + sum / m;
+                }
+            }
+            let mut square = [0.0; STRIP];
+            add_rows(&mut square, x, self.c, &columns, |j, x| {
+                (x - mean[j]) * (x - mean[j])
+            });
+            means[columns.clone()].copy_from_slice(&mean[..columns.len()]);
+            squares[columns.clone()].copy_from_slice(&square[..columns.len()]);
+        });
+        Pair(means, squares)
+    }
+
+    #[inline(always)]
+    fn grad_sums<T: Element, M: Mask<T>>(
+        &self,
+        tensors: Slice<T>,
+        tile: Tile,
+        channels: &ChannelRow<Self, T::Real>,
+    ) -> Pair<Vec<f64>> {
+        let start = tile.part * self.rows * self.c;
+        let tensors = tensors.part(start..start + self.values(tile.part) * self.c);
+        let (mut gs, mut gxs) = (self.row(), self.row());
+        self.strips(|columns| {
+            let mut sums = StripSums::<T::Real>::new(self.at(channels), &channels.mean, &columns);
+            let mut row = columns.clone();
+            while row.end <= tensors.x.len() {
+                sums.add::<T, M>(&tensors.part(row.clone()));
+                row = row.start + self.c..row.end + self.c;
+            }
+            gs[columns.clone()].copy_from_slice(&sums.g[..columns.len()]);
+            gxs[columns.clone()].copy_from_slice(&sums.gx[..columns.len()]);
+        });
+        Pair(gs, gxs)
+    }
+
+    #[inline(always)]
+    fn at<'a, A: Real>(&self, row: &'a ChannelRow<Self, A>) -> ChannelSlices<'a, A> {
+        ChannelSlices {
+            hi: &row.hi,
+            lo: &row.lo,
+            scale: &row.scale,
+            shift: &row.shift,
+        }
+    }
+
+    #[inline(always)]
+    fn grad_at<'a, A: Real>(&self, row: &'a GradRow<Self, A>) -> GradSlices<'a, A> {
+        GradSlices {
+            mean_g: &row.mean_g,
+            slope: &row.slope,
+        }
+    }
+}
+
+/// Adds `f(j, value)` of column `j` of a strip to `sums[j]`, for all rows of `x`.
+#[inline(always)]
+fn add_rows<T: Element>(
+    sums: &mut [f64; STRIP],
+    x: &[T],
+    c: usize,
+    columns: &Range<usize>,
+    f: impl Fn(usize, f64) -> f64,
+) {
+    let width = columns.len().min(STRIP);
+    let mut rows = x.chunks_exact(ROWS * c);
+    for rows in &mut rows {
+        let row = |i: usize| &rows[i * c + columns.start..][..width];
+        let rows = [row(0), row(1), row(2), row(3)];
+        for j in 0..width {
+            let f = |row: usize| f(j, rows[row][j].to_f64());
+            sums[j] += (f(0) + f(1)) + (f(2) + f(3));
+        }
+    }
+    for row in rows.remainder().chunks_exact(c) {
+        let row = &row[columns.start..][..width];
+        for j in 0..width {
+            sums[j] += f(j, row[j].to_f64());
+        }
+    }
+}
+
+/// The sums of the backward pass over a strip, with what they need of its channels.
+struct StripSums<A> {
+    hi: [A; STRIP],
+    lo: [A; STRIP],
+    scale: [A; STRIP],
+    shift: [A; STRIP],
+    mean: [f64; STRIP],
+    g: [f64; STRIP],
+    gx: [f64; STRIP],
+}
+
+impl<A: Real> StripSums<A> {
+    #[inline(always)]
+    fn new(channels: ChannelSlices<A>, mean: &[f64], columns: &Range<usize>) -> Self {
+        let copy = |from: &[A]| {
+            let mut to = [A::ZERO; STRIP];
+            to[..columns.len()].copy_from_slice(&from[columns.clone()]);
+            to
+        };
+        let mut means = [0.0; STRIP];
+        means[..columns.len()].copy_from_slice(&mean[columns.clone()]);
+        Self {
+            hi: copy(channels.hi),
+            lo: copy(channels.lo),
+            scale: copy(channels.scale),
+            shift: copy(channels.shift),
+            mean: means,
+            g: [0.0; STRIP],
+            gx: [0.0; STRIP],
+        }
+    }
+
+    /// Adds a row.
+    #[inline(always)]
+    fn add<T: Element<Real = A>, M: Mask<T>>(&mut self, row: &Slice<T>) {
+        let width = row.x.len().min(STRIP);
+        let (x, dy, y) = (&row.x[..width], &row.dy[..width], &row.y[..width]);
+        for j in 0..width {
+            let channel = Channel {
+                hi: self.hi[j],
+                lo: self.lo[j],
+                scale: self.scale[j],
+                shift: self.shift[j],
+            };
+            let g = M::g(x[j], dy[j], y[j], &channel).to_f64();
+            self.g[j] += g;
+            self.gx[j] += g * (x[j].to_f64() - self.mean[j]);
+        }
+    }
+}
+
+/// A [`Channel`] for each value of a row, field by field so that loops over them vectorise.
+#[derive(Clone, Copy)]
+pub(super) struct ChannelSlices<'a, A> {
+    hi: &'a [A],
+    lo: &'a [A],
+    scale: &'a [A],
+    shift: &'a [A],
+}
+
+impl<A: Real> Channels<Channel<A>> for ChannelSlices<'_, A> {
+    #[inline(always)]
+    fn first(self, len: usize) -> Self {
+        Self {
+            hi: &self.hi[..len],
+            lo: &self.lo[..len],
+            scale: &self.scale[..len],
+            shift: &self.shift[..len],
+        }
+    }
+
     #[inline(always)]
     fn at(&self, j: usize) -> Channel<A> {
         Channel {
@@ -227,23 +256,22 @@ impl<A: Real> Channels<Channel<A>> for &ChannelRow<A> {
     }
 }
 
-/// A [`ChannelGrad`] for each column of a block.
-struct ChannelGradRow<A> {
-    mean_g: Row<A>,
-    slope: Row<A>,
+/// A [`ChannelGrad`] for each value of a row.
+#[derive(Clone, Copy)]
+pub(super) struct GradSlices<'a, A> {
+    mean_g: &'a [A],
+    slope: &'a [A],
 }
 
-impl<A: Real> ChannelGradRow<A> {
-    fn new() -> Self {
-        let zeros = [A::ZERO; WIDTH];
+impl<A: Real> Channels<ChannelGrad<A>> for GradSlices<'_, A> {
+    #[inline(always)]
+    fn first(self, len: usize) -> Self {
         Self {
-            mean_g: zeros,
-            slope: zeros,
+            mean_g: &self.mean_g[..len],
+            slope: &self.slope[..len],
         }
     }
-}
 
-impl<A: Real> Channels<ChannelGrad<A>> for &ChannelGradRow<A> {
     #[inline(always)]
     fn at(&self, j: usize) -> ChannelGrad<A> {
         ChannelGrad {

@@ -1,75 +1,10 @@
-//! What happens to one value, in each dtype: the only place with the formulas.
+//! What happens to one value: the only place with the formulas.
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use half::{bf16, f16};
-
+use super::convert::{Element, Real};
 use crate::ops::batch_norm::Activation;
-
-/// A value of a tensor. Half precision is computed in `f32`, and sums are always in `f64`.
-pub(crate) trait Element: Copy + Send + Sync + 'static {
-    type Real: Real;
-    fn to_real(self) -> Self::Real;
-    fn from_real(real: Self::Real) -> Self;
-    fn to_f64(self) -> f64;
-}
-
-/// `f32` and `f64`, in which values are computed.
-pub(crate) trait Real:
-    Copy
-    + PartialOrd
-    + std::ops::Add<Output = Self>
-    + std::ops::Sub<Output = Self>
-    + std::ops::Mul<Output = Self>
-{
-    const ZERO: Self;
-    fn from_f64(value: f64) -> Self;
-    fn to_f64(self) -> f64;
-}
-
-macro_rules! real {
-    ($t:ty) => {
-        impl Real for $t {
-            const ZERO: Self = 0.0;
-            #[inline(always)]
-            fn from_f64(value: f64) -> Self {
-                value as $t
-            }
-            #[inline(always)]
-            fn to_f64(self) -> f64 {
-                f64::from(self)
-            }
-        }
-    };
-}
-
-macro_rules! element {
-    ($t:ty, $real:ty, $from:expr) => {
-        impl Element for $t {
-            type Real = $real;
-            #[inline(always)]
-            fn to_real(self) -> $real {
-                self.into()
-            }
-            #[inline(always)]
-            fn from_real(real: $real) -> Self {
-                $from(real)
-            }
-            #[inline(always)]
-            fn to_f64(self) -> f64 {
-                self.into()
-            }
-        }
-    };
-}
-
-real!(f32);
-real!(f64);
-element!(f32, f32, |real| real);
-element!(f64, f64, |real| real);
-element!(f16, f32, f16::from_f32);
-element!(bf16, f32, bf16::from_f32);
 
 /// How a channel is normalised: `y = ((x - hi) - lo)·scale + shift`.
 ///
@@ -122,8 +57,10 @@ impl<A: Real> ChannelGrad<A> {
     }
 }
 
-/// The channel of each value of a slice: the same for a plane, one each for a row of columns.
+/// What belongs to the channel of each value of a slice: the same for a plane, one each for a row.
 pub(super) trait Channels<C>: Copy {
+    /// Those of the first `len` values: with this before a loop, the compiler knows their number.
+    fn first(self, len: usize) -> Self;
     fn at(&self, index: usize) -> C;
 }
 
@@ -132,6 +69,11 @@ pub(super) trait Channels<C>: Copy {
 pub(super) struct Same<C>(pub C);
 
 impl<C: Copy> Channels<C> for Same<C> {
+    #[inline(always)]
+    fn first(self, _len: usize) -> Self {
+        self
+    }
+
     #[inline(always)]
     fn at(&self, _index: usize) -> C {
         self.0
@@ -157,6 +99,7 @@ pub(super) fn write_y<T: Element>(
     channels: impl Channels<Channel<T::Real>>,
     activation: Activation,
 ) {
+    let channels = channels.first(y.len());
     // One loop per case, so that each of them vectorises.
     let normalise = |i: usize, x: T| channels.at(i).normalise(x.to_real());
     match (residual, activation) {
@@ -173,8 +116,9 @@ pub(super) fn write_y<T: Element>(
 
 #[inline(always)]
 fn map1<T: Element>(out: &mut [MaybeUninit<T>], a: &[T], f: impl Fn(usize, T) -> T::Real) {
-    for (i, (out, &a)) in out.iter_mut().zip(a).enumerate() {
-        out.write(T::from_real(f(i, a)));
+    let a = &a[..out.len()];
+    for (i, out) in out.iter_mut().enumerate() {
+        out.write(T::from_real(f(i, a[i])));
     }
 }
 
@@ -185,64 +129,47 @@ fn map2<T: Element>(
     b: &[T],
     f: impl Fn(usize, T, T) -> T::Real,
 ) {
-    for (i, ((out, &a), &b)) in out.iter_mut().zip(a).zip(b).enumerate() {
-        out.write(T::from_real(f(i, a, b)));
+    let (a, b) = (&a[..out.len()], &b[..out.len()]);
+    for (i, out) in out.iter_mut().enumerate() {
+        out.write(T::from_real(f(i, a[i], b[i])));
     }
 }
 
-/// `dy` behind the activation, `g`, for the values of one slice: zero where the ReLU cut off.
-///
-/// Where the residual took part in the output, the mask is read from `y`; else it is computed
-/// from `x` in the same steps as in the forward pass, down to the rounding to the dtype.
-pub(super) trait Mask<T: Element>: Copy + Sync {
-    /// The mask of a slice, from that of the whole tensor.
-    fn slice(self, range: Range<usize>) -> Self;
-    fn g(&self, i: usize, x: T, dy: T, channel: &Channel<T::Real>) -> T;
+/// `dy` behind the activation, `g`: zero where the ReLU cut off.
+pub(super) trait Mask<T: Element>: Copy + Send + Sync {
+    fn g(x: T, dy: T, y: T, channel: &Channel<T::Real>) -> T;
 }
 
 /// No activation.
 #[derive(Clone, Copy)]
 pub(super) struct NoMask;
 
+/// The mask computed from `x` in the steps of the forward pass, down to the rounding to the dtype.
 #[derive(Clone, Copy)]
 pub(super) struct FromInput;
 
+/// The mask read from `y`: where a residual took part in it.
 #[derive(Clone, Copy)]
-pub(super) struct FromOutput<'a, T>(pub &'a [T]);
+pub(super) struct FromOutput;
 
 impl<T: Element> Mask<T> for NoMask {
     #[inline(always)]
-    fn slice(self, _: Range<usize>) -> Self {
-        self
-    }
-
-    #[inline(always)]
-    fn g(&self, _: usize, _: T, dy: T, _: &Channel<T::Real>) -> T {
+    fn g(_: T, dy: T, _: T, _: &Channel<T::Real>) -> T {
         dy
     }
 }
 
 impl<T: Element> Mask<T> for FromInput {
     #[inline(always)]
-    fn slice(self, _: Range<usize>) -> Self {
-        self
-    }
-
-    #[inline(always)]
-    fn g(&self, _: usize, x: T, dy: T, channel: &Channel<T::Real>) -> T {
+    fn g(x: T, dy: T, _: T, channel: &Channel<T::Real>) -> T {
         cut(T::from_real(channel.normalise(x.to_real())), dy)
     }
 }
 
-impl<T: Element> Mask<T> for FromOutput<'_, T> {
+impl<T: Element> Mask<T> for FromOutput {
     #[inline(always)]
-    fn slice(self, range: Range<usize>) -> Self {
-        Self(&self.0[range])
-    }
-
-    #[inline(always)]
-    fn g(&self, i: usize, _: T, dy: T, _: &Channel<T::Real>) -> T {
-        cut(self.0[i], dy)
+    fn g(_: T, dy: T, y: T, _: &Channel<T::Real>) -> T {
+        cut(y, dy)
     }
 }
 
@@ -256,58 +183,75 @@ fn cut<T: Element>(y: T, dy: T) -> T {
     }
 }
 
-/// One slice of the tensors that the backward pass reads.
+/// One slice of the tensors that the backward pass reads, all of the same length.
 #[derive(Clone, Copy)]
-pub(super) struct Slice<'a, T, M> {
+pub(super) struct Slice<'a, T> {
     pub x: &'a [T],
     pub dy: &'a [T],
-    pub mask: M,
+    /// `x` again where no mask is read from the output.
+    pub y: &'a [T],
 }
 
-impl<T: Element, M: Mask<T>> Slice<'_, T, M> {
+impl<'a, T: Element> Slice<'a, T> {
+    #[inline(always)]
+    pub fn part(&self, range: Range<usize>) -> Slice<'a, T> {
+        Slice {
+            x: &self.x[range.clone()],
+            dy: &self.dy[range.clone()],
+            y: &self.y[range],
+        }
+    }
+
     /// Writes `value(index, x, g, channel)` for every value of the slice.
     #[inline(always)]
-    pub fn write(
+    fn write<M: Mask<T>>(
         &self,
         out: &mut [MaybeUninit<T>],
         channels: impl Channels<Channel<T::Real>>,
         value: impl Fn(usize, T, T, &Channel<T::Real>) -> T,
     ) {
-        for (i, ((out, &x), &dy)) in out.iter_mut().zip(self.x).zip(self.dy).enumerate() {
+        let Slice { x, dy, y } = self.part(0..out.len());
+        let channels = channels.first(out.len());
+        for (i, out) in out.iter_mut().enumerate() {
             let channel = channels.at(i);
-            let g = self.mask.g(i, x, dy, &channel);
-            out.write(value(i, x, g, &channel));
+            let g = M::g(x[i], dy[i], y[i], &channel);
+            out.write(value(i, x[i], g, &channel));
         }
     }
 
     /// Writes the gradient of the slice of the input, in training.
     #[inline(always)]
-    pub fn write_dx_training(
+    pub fn write_dx_training<M: Mask<T>>(
         &self,
         dx: &mut [MaybeUninit<T>],
         channels: impl Channels<Channel<T::Real>>,
         grads: impl Channels<ChannelGrad<T::Real>>,
     ) {
-        self.write(dx, channels, |i, x, g, channel| {
+        let grads = grads.first(dx.len());
+        self.write::<M>(dx, channels, |i, x, g, channel| {
             T::from_real(grads.at(i).dx(channel, x.to_real(), g.to_real()))
         });
     }
 
     /// Writes the gradient of the slice of the input where the statistics were given: `scale·g`.
     #[inline(always)]
-    pub fn write_dx_given(
+    pub fn write_dx_given<M: Mask<T>>(
         &self,
         dx: &mut [MaybeUninit<T>],
         channels: impl Channels<Channel<T::Real>>,
     ) {
-        self.write(dx, channels, |_, _, g, channel| {
+        self.write::<M>(dx, channels, |_, _, g, channel| {
             T::from_real(channel.scale * g.to_real())
         });
     }
 
     /// Writes `g`, the gradient of the slice of the residual.
     #[inline(always)]
-    pub fn write_g(&self, out: &mut [MaybeUninit<T>], channels: impl Channels<Channel<T::Real>>) {
-        self.write(out, channels, |_, _, g, _| g);
+    pub fn write_g<M: Mask<T>>(
+        &self,
+        out: &mut [MaybeUninit<T>],
+        channels: impl Channels<Channel<T::Real>>,
+    ) {
+        self.write::<M>(out, channels, |_, _, g, _| g);
     }
 }

@@ -10,12 +10,20 @@ pub(super) struct Output<T> {
 }
 
 /// Leave to write to the parts of an [`Output`] from several threads.
-#[derive(Clone, Copy)]
 pub(super) struct Parts<'a, T> {
     start: *mut MaybeUninit<T>,
     len: usize,
     buffer: PhantomData<&'a mut [MaybeUninit<T>]>,
 }
+
+// Not derived: that would ask for the same of `T`.
+impl<T> Clone for Parts<'_, T> {
+    fn clone(&self) -> Self {
+        *self
+    }
+}
+
+impl<T> Copy for Parts<'_, T> {}
 
 // SAFETY: a `Parts` only gives out parts that its callers promise not to overlap (see `part`), so
 // that moving it or sharing it between threads is moving or sharing disjoint `&mut [T]`.
@@ -23,7 +31,7 @@ unsafe impl<T: Send> Send for Parts<'_, T> {}
 // SAFETY: as above.
 unsafe impl<T: Send> Sync for Parts<'_, T> {}
 
-impl<T: Copy> Output<T> {
+impl<T> Output<T> {
     pub fn new(len: usize) -> Self {
         let mut buffer = Vec::with_capacity(len);
         // SAFETY: `MaybeUninit` needs no initialisation, and the capacity is `len`.

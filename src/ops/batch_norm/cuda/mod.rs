@@ -7,11 +7,10 @@ use candle_core::{bail, CudaDevice, CudaStorage, DType, Layout, Result, Shape, S
 use cudarc::driver::sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
 use cudarc::driver::{CudaFunction, CudaSlice, DeviceRepr, LaunchConfig, PushKernelArg};
 
-use super::cpu::Wants;
 use super::division::{Division, THREADS};
 use super::op::{BackwardTensors, BatchNormOp, Operands, TensorGrads};
 use super::running::MoveTowards;
-use super::{Activation, Spec};
+use super::{Activation, Spec, Wants};
 use crate::shape::Dims;
 use args::{push_mut, push_storage, push_view, view, PerChannel};
 

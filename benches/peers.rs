@@ -1,0 +1,131 @@
+//! One half of `scripts/compare_peers.py`, which runs PyTorch as the other: measures what it is asked
+//! for, a line at a time.
+//!
+//! Each line of standard input is `layer shape dtype pass seconds`, such as
+//! `ours 32,64,56,56 f32 all 0.5`; the answer is the median and the shortest time of a run in
+//! microseconds, or a line that begins with `error`. The layers are `ours` and `candle-nn`, the passes:
+//!
+//! - `fwd`: the forward pass in training, with its graph and the running statistics;
+//! - `all`: forward with a ReLU, and backward through candle's autograd, which brings ones for `dy`;
+//! - `eval`: the forward pass with the running statistics;
+//! - `copy`: a copy of the tensor on all threads, for the bandwidth.
+
+use std::hint::black_box;
+use std::io::{BufRead, Write};
+use std::time::{Duration, Instant};
+
+use candle_batch_norm::ops::Activation;
+use candle_batch_norm::BatchNormConfig;
+use candle_core::{DType, Device, ModuleT, Result, Tensor, Var};
+use candle_nn::{VarBuilder, VarMap};
+
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
+fn main() {
+    for line in std::io::stdin().lock().lines() {
+        let answer = line
+            .map_err(candle_core::Error::wrap)
+            .and_then(|line| answer(&line));
+        match answer {
+            Ok(times) => {
+                let [median, fastest] = times.map(|time| time.as_secs_f64() * 1e6);
+                println!("{median:.3} {fastest:.3}")
+            }
+            Err(error) => println!("error: {error}"),
+        }
+        std::io::stdout().flush().expect("standard output");
+    }
+}
+
+fn answer(line: &str) -> Result<[Duration; 2]> {
+    let words: Vec<_> = line.split_whitespace().collect();
+    let [layer, shape, dtype, pass, seconds] = words[..] else {
+        candle_core::bail!("expected `layer shape dtype pass seconds`, got {line:?}")
+    };
+    let shape = shape
+        .split(',')
+        .map(str::parse)
+        .collect::<std::result::Result<Vec<usize>, _>>()
+        .map_err(candle_core::Error::wrap)?;
+    let dtype = match dtype {
+        "f32" => DType::F32,
+        "f64" => DType::F64,
+        "f16" => DType::F16,
+        "bf16" => DType::BF16,
+        dtype => candle_core::bail!("unknown dtype {dtype}"),
+    };
+    let seconds = seconds.parse().map_err(candle_core::Error::wrap)?;
+    let limit = Duration::from_secs_f64(seconds);
+
+    let device = Device::Cpu;
+    let x = Tensor::randn(1f32, 2.0, shape.as_slice(), &device)?.to_dtype(dtype)?;
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, dtype, &device);
+    let (c, relu) = (shape[1], pass == "all");
+    let ours = BatchNormConfig {
+        activation: if relu {
+            Activation::Relu
+        } else {
+            Activation::Identity
+        },
+        ..Default::default()
+    };
+    let ours = candle_batch_norm::batch_norm(c, ours, vb.pp("ours"))?;
+    let theirs = candle_nn::batch_norm(c, 1e-5, vb.pp("theirs"))?;
+    let layer = |x: &Tensor, train: bool| match layer {
+        "ours" => ours.forward_t(x, train),
+        "candle-nn" if relu => theirs.forward_t(x, train)?.relu(),
+        "candle-nn" => theirs.forward_t(x, train),
+        layer => candle_core::bail!("unknown layer {layer}"),
+    };
+    match pass {
+        "fwd" => time(limit, || layer(&x, true)),
+        "eval" => time(limit, || layer(&x, false)),
+        "all" => {
+            let x = Var::from_tensor(&x)?;
+            time(limit, || layer(&x, true)?.backward())
+        }
+        "copy" => {
+            let values = x.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            time(limit, || Ok(copy(&values)))
+        }
+        pass => candle_core::bail!("unknown pass {pass}"),
+    }
+}
+
+/// The median and the shortest time of a run, of as many as fit into `limit`, after a warm-up.
+fn time<T>(limit: Duration, mut run: impl FnMut() -> Result<T>) -> Result<[Duration; 2]> {
+    let warm_up = Instant::now();
+    while warm_up.elapsed() < limit / 4 {
+        black_box(run()?);
+    }
+    let (started, mut times) = (Instant::now(), vec![]);
+    while started.elapsed() < limit || times.len() < 5 {
+        let one = Instant::now();
+        let result = black_box(run()?);
+        // PyTorch's figures contain the release of the results too.
+        drop(result);
+        times.push(one.elapsed());
+    }
+    times.sort();
+    Ok([times[times.len() / 2], times[0]])
+}
+
+/// A copy on candle's threads, in the parts in which they would share any tensor.
+fn copy(values: &[f32]) -> Vec<f32> {
+    const PART: usize = 1 << 14;
+    let mut out: Vec<f32> = Vec::with_capacity(values.len());
+    let start = out.as_mut_ptr() as usize;
+    candle_core::utils::barrier_pool().execute_chunked(values.len().div_ceil(PART), |parts| {
+        let range = parts.start * PART..values.len().min(parts.end * PART);
+        // SAFETY: the ranges of different parts do not overlap and lie within the capacity.
+        unsafe {
+            let to = (start as *mut f32).add(range.start);
+            std::ptr::copy_nonoverlapping(values[range.clone()].as_ptr(), to, range.len());
+        }
+    });
+    // SAFETY: the parts make up the whole.
+    unsafe { out.set_len(values.len()) };
+    out
+}
