@@ -7,6 +7,7 @@
 //!
 //! - `fwd`: the forward pass in training, with its graph and the running statistics;
 //! - `all`: forward with a ReLU, and backward through candle's autograd, which brings ones for `dy`;
+//! - `vjp`: the same without autograd, for a given `dy`;
 //! - `eval`: the forward pass with the running statistics;
 //! - `copy`: a copy of the tensor on all threads, for the bandwidth.
 
@@ -14,7 +15,7 @@ use std::hint::black_box;
 use std::io::{BufRead, Write};
 use std::time::{Duration, Instant};
 
-use candle_batch_norm::ops::Activation;
+use candle_batch_norm::ops::{batch_norm_vjp, Activation, BatchNormArgs};
 use candle_batch_norm::BatchNormConfig;
 use candle_core::{DType, Device, ModuleT, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
@@ -85,6 +86,23 @@ fn answer(line: &str) -> Result<[Duration; 2]> {
         "all" => {
             let x = Var::from_tensor(&x)?;
             time(limit, || layer(&x, true)?.backward())
+        }
+        "vjp" => {
+            let (weight, bias) = (
+                Tensor::ones(c, dtype, &device)?,
+                Tensor::zeros(c, dtype, &device)?,
+            );
+            let args = BatchNormArgs {
+                weight: Some(&weight),
+                bias: Some(&bias),
+                activation: Activation::Relu,
+                ..BatchNormArgs::new()
+            };
+            let dy = x.ones_like()?;
+            time(limit, || {
+                let (y, stats, pullback) = batch_norm_vjp(&x, &args)?;
+                Ok((y, stats, pullback.gradients(&dy)?))
+            })
         }
         "copy" => {
             let values = x.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;

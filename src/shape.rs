@@ -95,18 +95,18 @@ pub(crate) fn check_one_dtype(what: &str, a: &Tensor, b: &Tensor) -> Result<()> 
     Ok(())
 }
 
-/// Checks a tensor that is added to the output against the input.
-pub(crate) fn check_residual(residual: &Tensor, x: &Tensor) -> Result<()> {
+/// Checks a tensor (`what` names it in errors) that has to look like the input.
+pub(crate) fn check_like(what: &str, residual: &Tensor, x: &Tensor) -> Result<()> {
     if residual.dims() != x.dims() || residual.dtype() != x.dtype() {
         bail!(
-            "batch norm expects a residual like the input, {:?} {:?}, got {:?} {:?}",
+            "batch norm expects {what} like the input, {:?} {:?}, got {:?} {:?}",
             x.dims(),
             x.dtype(),
             residual.dims(),
             residual.dtype()
         )
     }
-    check_device("the residual", residual, x)
+    check_device(what, residual, x)
 }
 
 fn check_device(what: &str, t: &Tensor, x: &Tensor) -> Result<()> {

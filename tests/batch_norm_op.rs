@@ -3,10 +3,12 @@
 mod common;
 
 use candle_batch_norm::ops::{
-    batch_norm_inference, batch_norm_train, Activation, BatchNormArgs, BatchStats,
+    batch_norm_inference, batch_norm_train, batch_norm_vjp, Activation, BatchNormArgs, BatchStats,
 };
 use candle_core::{DType, Device, Result, Tensor};
-use common::{assert_close, devices, random, rounding, tensor, values, var, Case, Truth};
+use common::{
+    assert_close, assert_error, devices, random, rounding, tensor, values, var, Case, Truth,
+};
 
 /// Which of the optional arguments a case has.
 #[derive(Clone, Copy, Debug)]
@@ -446,6 +448,80 @@ fn finite_differences_agree() -> Result<()> {
                 for (i, grad) in got.dresidual.iter().flatten().enumerate() {
                     let slope = slope(&|case| &mut case.residual.as_mut().unwrap()[i])?;
                     assert_close("dresidual", &[*grad], &[slope], 1e-7, 1e-6);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The way back without autograd gives what the way with it gives, to the bit.
+#[test]
+fn vjp_has_the_gradients_of_autograd() -> Result<()> {
+    for device in devices() {
+        for (seed, dtype) in [DType::F32, DType::F64, DType::BF16]
+            .into_iter()
+            .enumerate()
+        {
+            for options in Options::all().filter(|options| !options.given) {
+                let shape = [6, 5, 7, 3];
+                let count = shape.iter().product();
+                let dy = tensor(
+                    &random(40 + seed as u64, count, 0.0),
+                    &shape,
+                    dtype,
+                    &device,
+                )?;
+                let x = var(
+                    &random(50 + seed as u64, count, 2.0),
+                    &shape,
+                    dtype,
+                    &device,
+                )?;
+                let residual = var(&random(60, count, 0.0), &shape, dtype, &device)?;
+                let (weight, bias) = (
+                    var(&random(70, 5, 1.0), &[5], dtype, &device)?,
+                    var(&random(80, 5, 0.0), &[5], dtype, &device)?,
+                );
+                let args = BatchNormArgs {
+                    weight: options.weight.then_some(weight.as_tensor()),
+                    bias: options.bias.then_some(bias.as_tensor()),
+                    residual: options.residual.then_some(residual.as_tensor()),
+                    activation: match options.relu {
+                        true => Activation::Relu,
+                        false => Activation::Identity,
+                    },
+                    ..BatchNormArgs::new()
+                };
+                // Also in the order of memory in which the channels come last.
+                for last in [false, true] {
+                    let order = |t: &Tensor| match last {
+                        true => t.permute((0, 2, 3, 1))?.contiguous()?.permute((0, 3, 1, 2)),
+                        false => Ok(t.clone()),
+                    };
+                    let (y, _) = batch_norm_train(&order(&x)?, &args)?;
+                    let grads = (&y * &dy)?.sum_all()?.backward()?;
+                    let (vjp_y, _, pullback) = batch_norm_vjp(&order(&x)?, &args)?;
+                    let vjp = pullback.gradients(&dy)?;
+                    assert_eq!(values(&vjp_y)?, values(&y)?);
+                    assert!(!vjp_y.track_op() && !vjp.dx.track_op());
+                    let pairs = [
+                        (Some(&vjp.dx), Some(&x)),
+                        (vjp.dweight.as_ref(), options.weight.then_some(&weight)),
+                        (vjp.dbias.as_ref(), options.bias.then_some(&bias)),
+                        (
+                            vjp.dresidual.as_ref(),
+                            options.residual.then_some(&residual),
+                        ),
+                    ];
+                    for (index, (got, var)) in pairs.into_iter().enumerate() {
+                        assert_eq!(got.is_some(), var.is_some(), "gradient {index}");
+                        if let (Some(got), Some(var)) = (got, var) {
+                            let expected = grads.get(var).expect("a gradient");
+                            assert_eq!(values(got)?, values(expected)?, "gradient {index}");
+                        }
+                    }
+                    assert_error(pullback.gradients(&weight), &["a gradient", "[5]"]);
                 }
             }
         }

@@ -3,5 +3,6 @@
 mod batch_norm;
 
 pub use batch_norm::{
-    batch_norm_inference, batch_norm_train, Activation, BatchNormArgs, BatchStats,
+    batch_norm_inference, batch_norm_train, batch_norm_vjp, Activation, BatchNormArgs,
+    BatchNormGrads, BatchNormPullback, BatchStats,
 };

@@ -21,14 +21,16 @@ mod division;
 mod host;
 mod op;
 mod running;
+mod vjp;
 
 use std::sync::{Arc, OnceLock};
 
 use candle_core::{bail, DType, Result, Tensor};
 
-use crate::shape::{check_input, check_one_dtype, check_per_channel, check_residual, Dims, Order};
+use crate::shape::{check_input, check_like, check_one_dtype, check_per_channel, Dims, Order};
 use op::{BatchNormOp, Slots};
 pub use running::BatchStats;
+pub use vjp::{batch_norm_vjp, BatchNormGrads, BatchNormPullback};
 
 /// What is applied to the normalised values, in the same pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -160,16 +162,7 @@ impl Spec {
 /// # }
 /// ```
 pub fn batch_norm_train(x: &Tensor, args: &BatchNormArgs) -> Result<(Tensor, BatchStats)> {
-    let dims = check(x, args)?;
-    if args.eps.is_nan() || args.eps <= 0.0 {
-        bail!("batch norm expects eps > 0 in training, got {}", args.eps)
-    }
-    if dims.numel() > 0 && dims.m() == 1 {
-        bail!(
-            "batch norm expects more than one value per channel in training, got an input of shape {:?}",
-            x.dims()
-        )
-    }
+    let dims = check_training(x, args)?;
     if dims.numel() == 0 {
         return Ok((x.clone(), BatchStats::of_nothing(x)?));
     }
@@ -229,6 +222,21 @@ pub fn batch_norm_inference(
     Ok(apply(x, args, dims, Some(given))?.0)
 }
 
+/// What training asks of its arguments.
+fn check_training(x: &Tensor, args: &BatchNormArgs) -> Result<Dims> {
+    let dims = check(x, args)?;
+    if args.eps.is_nan() || args.eps <= 0.0 {
+        bail!("batch norm expects eps > 0 in training, got {}", args.eps)
+    }
+    if dims.numel() > 0 && dims.m() == 1 {
+        bail!(
+            "batch norm expects more than one value per channel in training, got an input of shape {:?}",
+            x.dims()
+        )
+    }
+    Ok(dims)
+}
+
 /// What training and inference ask of their arguments alike.
 fn check(x: &Tensor, args: &BatchNormArgs) -> Result<Dims> {
     let dims = check_input(x)?;
@@ -245,7 +253,7 @@ fn check(x: &Tensor, args: &BatchNormArgs) -> Result<Dims> {
         check_one_dtype("weight and bias", weight, bias)?;
     }
     if let Some(residual) = args.residual {
-        check_residual(residual, x)?;
+        check_like("a residual", residual, x)?;
     }
     Ok(dims)
 }
@@ -257,6 +265,26 @@ fn apply(
     dims: Dims,
     given: Option<(Tensor, Tensor)>,
 ) -> Result<(Tensor, Tensor)> {
+    let Prepared { op, order, tensors } = prepare(x, args, dims, given)?;
+    let saved = op.saved.clone();
+    let [x_kernel, second, third] = &tensors;
+    let y = x_kernel.apply_op3(second, third, op)?;
+    Ok((order.out_of_kernel(&y, x)?, statistics(&saved)?))
+}
+
+/// The op for arguments that have been checked, and the three tensors that it takes.
+struct Prepared {
+    op: BatchNormOp,
+    order: Order,
+    tensors: [Tensor; 3],
+}
+
+fn prepare(
+    x: &Tensor,
+    args: &BatchNormArgs,
+    dims: Dims,
+    given: Option<(Tensor, Tensor)>,
+) -> Result<Prepared> {
     let order = Order::of(x)?;
     let x_kernel = order.into_kernel(x)?;
     let dims = match order {
@@ -284,7 +312,6 @@ fn apply(
         None if params == Slots::Both => bias,
         None => None,
     };
-    let saved = Arc::new(OnceLock::new());
     let op = BatchNormOp {
         spec: Spec {
             dims,
@@ -296,16 +323,22 @@ fn apply(
         params,
         has_residual: args.residual.is_some(),
         given,
-        saved: saved.clone(),
+        saved: Arc::new(OnceLock::new()),
     };
     // In the place of an absent argument stands the input again: it is there, and never read.
-    let y = x_kernel.apply_op3(
-        second.as_ref().unwrap_or(&x_kernel),
-        third.as_ref().unwrap_or(&x_kernel),
+    let second = second.unwrap_or_else(|| x_kernel.clone());
+    let third = third.unwrap_or_else(|| x_kernel.clone());
+    Ok(Prepared {
         op,
-    )?;
-    let Some(stats) = saved.get() else {
-        bail!("batch norm: the forward pass left no statistics")
-    };
-    Ok((order.out_of_kernel(&y, x)?, stats.clone()))
+        order,
+        tensors: [x_kernel, second, third],
+    })
+}
+
+/// What the forward pass left.
+fn statistics(saved: &OnceLock<Tensor>) -> Result<Tensor> {
+    match saved.get() {
+        Some(stats) => Ok(stats.clone()),
+        None => bail!("batch norm: the forward pass left no statistics"),
+    }
 }

@@ -76,6 +76,47 @@ impl BatchNormOp {
         })
     }
 
+    /// The gradients that are wanted, from the op's arguments, its output and the output's gradient.
+    pub fn gradients(
+        &self,
+        args: [&Tensor; 3],
+        y: &Tensor,
+        dy: &Tensor,
+        saved: &Tensor,
+        wants: Wants,
+    ) -> Result<TensorGrads> {
+        let relu = self.spec.activation == Activation::Relu;
+        let dy = dy.contiguous()?;
+        let mut grads = TensorGrads {
+            dx: None,
+            dparams: None,
+            dresidual: None,
+        };
+        // Without a mask, the residual's gradient is the output's.
+        let computed = Wants {
+            dresidual: wants.dresidual && relu,
+            ..wants
+        };
+        if computed.dx || computed.dparams || computed.dresidual {
+            let tensors = BackwardTensors {
+                args,
+                y: (self.has_residual && relu).then_some(y),
+                dy: &dy,
+                saved,
+            };
+            grads = match dy.device() {
+                Device::Cpu => host::backward(self, &tensors, computed)?,
+                #[cfg(feature = "cuda")]
+                Device::Cuda(_) => super::cuda::backward(self, &tensors, computed)?,
+                device => bail!("batch norm has no gradient on {:?}", device.location()),
+            };
+        }
+        if wants.dresidual && !relu {
+            grads.dresidual = Some(dy);
+        }
+        Ok(grads)
+    }
+
     fn save(&self, stats: Tensor) -> Result<()> {
         if self.saved.set(stats).is_err() {
             bail!("batch norm: the forward pass ran twice")
@@ -153,37 +194,17 @@ impl CustomOp3 for BatchNormOp {
         let Some(saved) = self.saved.get() else {
             bail!("batch norm: the backward pass came before the forward pass")
         };
-        let relu = self.spec.activation == Activation::Relu;
         let params_are_tracked = match self.params {
             Slots::None => false,
             Slots::Both => second.track_op() || third.track_op(),
             _ => second.track_op(),
         };
-        let residual_is_tracked = self.has_residual && third.track_op();
         let wants = Wants {
             dx: x.track_op(),
             dparams: params_are_tracked,
-            dresidual: residual_is_tracked && relu,
+            dresidual: self.has_residual && third.track_op(),
         };
-        if !(wants.dx || wants.dparams || residual_is_tracked) {
-            return Ok((None, None, None));
-        }
-        let dy = dy.detach().contiguous()?;
-        let tensors = BackwardTensors {
-            args: [x, second, third],
-            y: (self.has_residual && relu).then_some(y),
-            dy: &dy,
-            saved,
-        };
-        let mut grads = match x.device() {
-            Device::Cpu => host::backward(self, &tensors, wants)?,
-            #[cfg(feature = "cuda")]
-            Device::Cuda(_) => super::cuda::backward(self, &tensors, wants)?,
-            device => bail!("batch norm has no gradient on {:?}", device.location()),
-        };
-        if residual_is_tracked && !relu {
-            grads.dresidual = Some(dy);
-        }
+        let grads = self.gradients([x, second, third], y, &dy.detach(), saved, wants)?;
         self.assign(grads)
     }
 }

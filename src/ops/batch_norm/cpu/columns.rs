@@ -9,10 +9,10 @@ use super::sweep::{Division, Tile, PART};
 use crate::shape::Dims;
 
 /// Fewer rows in a part would make its sums a burden to store and to merge.
-const FEWEST_ROWS: usize = 32;
+const FEWEST_ROWS: usize = 64;
 
 /// Columns that are summed side by side.
-const STRIP: usize = 32;
+const STRIP: usize = 128;
 
 /// Rows that are added up before they are added to the sums.
 const ROWS: usize = 4;
@@ -81,27 +81,30 @@ impl Tiling for Columns {
         let m = self.values(tile.part) as f64;
         let x = &x[tile.part * self.rows * self.c..][..self.values(tile.part) * self.c];
         let (mut means, mut squares) = (self.row(), self.row());
-        self.strips(|columns| {
-            let mut mean = [0.0; STRIP];
-            if remove_mean {
-                // As for planes: a constant column has exactly its value as mean.
-                let mut pivot = [0.0; STRIP];
-                for (pivot, x) in pivot.iter_mut().zip(&x[columns.clone()]) {
-                    *pivot = x.to_f64();
+        self.strips(
+            #[inline(always)]
+            |columns| {
+                let mut mean = [0.0; STRIP];
+                if remove_mean {
+                    // As for planes: a constant column has exactly its value as mean.
+                    let mut pivot = [0.0; STRIP];
+                    for (pivot, x) in pivot.iter_mut().zip(&x[columns.clone()]) {
+                        *pivot = x.to_f64();
+                    }
+                    let mut sum = [0.0; STRIP];
+                    add_rows(&mut sum, x, self.c, &columns, |j, x| x - pivot[j]);
+                    for ((mean, pivot), sum) in mean.iter_mut().zip(&pivot).zip(&sum) {
+                        *mean = pivot + sum / m;
+                    }
                 }
-                let mut sum = [0.0; STRIP];
-                add_rows(&mut sum, x, self.c, &columns, |j, x| x - pivot[j]);
-                for ((mean, pivot), sum) in mean.iter_mut().zip(&pivot).zip(&sum) {
-                    *mean = pivot + sum / m;
-                }
-            }
-            let mut square = [0.0; STRIP];
-            add_rows(&mut square, x, self.c, &columns, |j, x| {
-                (x - mean[j]) * (x - mean[j])
-            });
-            means[columns.clone()].copy_from_slice(&mean[..columns.len()]);
-            squares[columns.clone()].copy_from_slice(&square[..columns.len()]);
-        });
+                let mut square = [0.0; STRIP];
+                add_rows(&mut square, x, self.c, &columns, |j, x| {
+                    (x - mean[j]) * (x - mean[j])
+                });
+                means[columns.clone()].copy_from_slice(&mean[..columns.len()]);
+                squares[columns.clone()].copy_from_slice(&square[..columns.len()]);
+            },
+        );
         Pair(means, squares)
     }
 
@@ -115,16 +118,20 @@ impl Tiling for Columns {
         let start = tile.part * self.rows * self.c;
         let tensors = tensors.part(start..start + self.values(tile.part) * self.c);
         let (mut gs, mut gxs) = (self.row(), self.row());
-        self.strips(|columns| {
-            let mut sums = StripSums::<T::Real>::new(self.at(channels), &channels.mean, &columns);
-            let mut row = columns.clone();
-            while row.end <= tensors.x.len() {
-                sums.add::<T, M>(&tensors.part(row.clone()));
-                row = row.start + self.c..row.end + self.c;
-            }
-            gs[columns.clone()].copy_from_slice(&sums.g[..columns.len()]);
-            gxs[columns.clone()].copy_from_slice(&sums.gx[..columns.len()]);
-        });
+        self.strips(
+            #[inline(always)]
+            |columns| {
+                let mut sums =
+                    StripSums::<T::Real>::new(self.at(channels), &channels.mean, &columns);
+                let mut row = columns.clone();
+                while row.end <= tensors.x.len() {
+                    sums.add::<T, M>(&tensors.part(row.clone()));
+                    row = row.start + self.c..row.end + self.c;
+                }
+                gs[columns.clone()].copy_from_slice(&sums.g[..columns.len()]);
+                gxs[columns.clone()].copy_from_slice(&sums.gx[..columns.len()]);
+            },
+        );
         Pair(gs, gxs)
     }
 

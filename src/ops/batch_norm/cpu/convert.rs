@@ -5,6 +5,8 @@ use half::{bf16, f16};
 /// A value of a tensor. Half precision is computed in `f32`, and sums are always in `f64`.
 pub(crate) trait Element: Copy + Send + Sync + 'static {
     type Real: Real;
+    /// The largest value that is 0 after rounding to the dtype.
+    const ROUNDS_TO_ZERO: Self::Real;
     fn to_real(self) -> Self::Real;
     fn from_real(real: Self::Real) -> Self;
     fn to_f64(self) -> f64;
@@ -42,9 +44,10 @@ macro_rules! real {
 }
 
 macro_rules! element {
-    ($t:ty, $real:ty, $to:expr, $from:expr) => {
+    ($t:ty, $real:ty, $rounds_to_zero:expr, $to:expr, $from:expr) => {
         impl Element for $t {
             type Real = $real;
+            const ROUNDS_TO_ZERO: $real = $rounds_to_zero;
             #[inline(always)]
             fn to_real(self) -> $real {
                 $to(self)
@@ -63,10 +66,17 @@ macro_rules! element {
 
 real!(f32);
 real!(f64);
-element!(f32, f32, |value| value, |real| real);
-element!(f64, f64, |value| value, |real| real);
-element!(f16, f32, f16_to_f32, f32_to_f16);
-element!(bf16, f32, bf16_to_f32, f32_to_bf16);
+element!(f32, f32, 0.0, |value| value, |real| real);
+element!(f64, f64, 0.0, |value| value, |real| real);
+// Half of the smallest number above 0, 2⁻²⁴ and 2⁻¹³³: a tie, which goes to even.
+element!(
+    f16,
+    f32,
+    f32::from_bits((127 - 25) << 23),
+    f16_to_f32,
+    f32_to_f16
+);
+element!(bf16, f32, f32::from_bits(1 << 15), bf16_to_f32, f32_to_bf16);
 
 // `half` converts value by value, with branches or an instruction behind a function. These have
 // neither, so that a loop around them works on whole registers.
@@ -193,5 +203,14 @@ mod tests {
                 );
             }
         }
+    }
+
+    #[test]
+    fn no_larger_value_rounds_to_zero() {
+        let next = |value: f32| f32::from_bits(value.to_bits() + 1);
+        assert!(f32_to_f16(f16::ROUNDS_TO_ZERO) == f16::ZERO);
+        assert!(f32_to_f16(next(f16::ROUNDS_TO_ZERO)) > f16::ZERO);
+        assert!(f32_to_bf16(bf16::ROUNDS_TO_ZERO) == bf16::ZERO);
+        assert!(f32_to_bf16(next(bf16::ROUNDS_TO_ZERO)) > bf16::ZERO);
     }
 }

@@ -137,7 +137,7 @@ fn map2<T: Element>(
 
 /// `dy` behind the activation, `g`: zero where the ReLU cut off.
 pub(super) trait Mask<T: Element>: Copy + Send + Sync {
-    fn g(x: T, dy: T, y: T, channel: &Channel<T::Real>) -> T;
+    fn g(x: T, dy: T, y: T, channel: &Channel<T::Real>) -> T::Real;
 }
 
 /// No activation.
@@ -154,30 +154,31 @@ pub(super) struct FromOutput;
 
 impl<T: Element> Mask<T> for NoMask {
     #[inline(always)]
-    fn g(_: T, dy: T, _: T, _: &Channel<T::Real>) -> T {
-        dy
+    fn g(_: T, dy: T, _: T, _: &Channel<T::Real>) -> T::Real {
+        dy.to_real()
     }
 }
 
 impl<T: Element> Mask<T> for FromInput {
     #[inline(always)]
-    fn g(x: T, dy: T, _: T, channel: &Channel<T::Real>) -> T {
-        cut(T::from_real(channel.normalise(x.to_real())), dy)
+    fn g(x: T, dy: T, _: T, channel: &Channel<T::Real>) -> T::Real {
+        let y = channel.normalise(x.to_real());
+        cut(y, T::ROUNDS_TO_ZERO, dy.to_real())
     }
 }
 
 impl<T: Element> Mask<T> for FromOutput {
     #[inline(always)]
-    fn g(_: T, dy: T, y: T, _: &Channel<T::Real>) -> T {
-        cut(y, dy)
+    fn g(_: T, dy: T, y: T, _: &Channel<T::Real>) -> T::Real {
+        cut(y.to_real(), T::Real::ZERO, dy.to_real())
     }
 }
 
-/// `dy` unless `y <= 0`: a NaN in `y` lets the gradient through, as in PyTorch.
+/// `dy` unless `y <= zero`: a NaN in `y` lets the gradient through, as in PyTorch.
 #[inline(always)]
-fn cut<T: Element>(y: T, dy: T) -> T {
-    if y.to_real() <= T::Real::ZERO {
-        T::from_real(T::Real::ZERO)
+fn cut<A: Real>(y: A, zero: A, dy: A) -> A {
+    if y <= zero {
+        A::ZERO
     } else {
         dy
     }
@@ -208,7 +209,7 @@ impl<'a, T: Element> Slice<'a, T> {
         &self,
         out: &mut [MaybeUninit<T>],
         channels: impl Channels<Channel<T::Real>>,
-        value: impl Fn(usize, T, T, &Channel<T::Real>) -> T,
+        value: impl Fn(usize, T, T::Real, &Channel<T::Real>) -> T,
     ) {
         let Slice { x, dy, y } = self.part(0..out.len());
         let channels = channels.first(out.len());
@@ -229,7 +230,7 @@ impl<'a, T: Element> Slice<'a, T> {
     ) {
         let grads = grads.first(dx.len());
         self.write::<M>(dx, channels, |i, x, g, channel| {
-            T::from_real(grads.at(i).dx(channel, x.to_real(), g.to_real()))
+            T::from_real(grads.at(i).dx(channel, x.to_real(), g))
         });
     }
 
@@ -241,7 +242,7 @@ impl<'a, T: Element> Slice<'a, T> {
         channels: impl Channels<Channel<T::Real>>,
     ) {
         self.write::<M>(dx, channels, |_, _, g, channel| {
-            T::from_real(channel.scale * g.to_real())
+            T::from_real(channel.scale * g)
         });
     }
 
@@ -252,6 +253,6 @@ impl<'a, T: Element> Slice<'a, T> {
         out: &mut [MaybeUninit<T>],
         channels: impl Channels<Channel<T::Real>>,
     ) {
-        self.write::<M>(out, channels, |_, _, g, _| g);
+        self.write::<M>(out, channels, |_, _, g, _| T::from_real(g));
     }
 }

@@ -1,6 +1,6 @@
 //! Sums over slices, side by side in lanes.
 
-use super::convert::Element;
+use super::convert::{Element, Real};
 use super::element::{Channel, Mask, Slice};
 
 /// As many sums as make loops over them worth while: these stay in memory, and the loops, whose
