@@ -1,7 +1,11 @@
 //! The fused operations, below the layers: one candle custom op per operation, with its gradient.
 
 mod batch_norm;
+mod conv2d;
+mod output;
+mod parallel;
 
 pub use batch_norm::{
     batch_norm_inference, batch_norm_train, Activation, BatchNormArgs, BatchStats,
 };
+pub use conv2d::conv2d;

@@ -8,12 +8,12 @@
 
 mod columns;
 mod element;
-mod output;
 mod planes;
 
 use half::{bf16, f16};
 
 use super::{Activation, Spec};
+use crate::ops::{output, parallel::for_each};
 pub(crate) use element::Element;
 use element::{FromInput, FromOutput, Mask, NoMask};
 
@@ -115,17 +115,5 @@ fn backward_masked<T: Element, M: Mask<T>>(job: &Backward<T>, mask: M) -> Grads<
         columns::backward(job, mask)
     } else {
         planes::backward(job, mask)
-    }
-}
-
-/// Below this many values a second thread costs more than it brings.
-const PARALLEL_FROM: usize = 1 << 15;
-
-/// Runs `task` for `0..tasks`, on candle's threads if there are enough `values` in all.
-fn for_each(tasks: usize, values: usize, task: impl Fn(usize) + Sync) {
-    if tasks < 2 || values < PARALLEL_FROM {
-        (0..tasks).for_each(task);
-    } else {
-        candle_core::utils::barrier_pool().execute_chunked(tasks, |range| range.for_each(&task));
     }
 }
