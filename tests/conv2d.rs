@@ -2,9 +2,10 @@
 
 mod common;
 
+use candle_batch_norm::layers;
 use candle_batch_norm::ops::conv2d;
-use candle_core::{DType, Device, Result, Tensor, Var};
-use candle_nn::Conv2dConfig;
+use candle_core::{DType, Device, Module, Result, Tensor, Var};
+use candle_nn::{Conv2dConfig, VarBuilder, VarMap};
 use common::{assert_close, assert_error, random, rounding, tensor, values, var};
 
 /// One convolution, in `f64`.
@@ -546,5 +547,45 @@ fn errors_name_what_was_given() -> Result<()> {
     };
     let result = conv2d(&x, &zeros(&[6, 1, 3, 3])?, None, &groups);
     assert_error(result, &["multiple of 4 groups", "[6, 1, 3, 3]"]);
+    Ok(())
+}
+
+/// The layer finds candle-nn's variables by name, and computes the same with them.
+#[test]
+fn layer_is_candle_nns() -> Result<()> {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    let config = Conv2dConfig {
+        stride: 2,
+        groups: 2,
+        ..Default::default()
+    };
+    let theirs = candle_nn::conv2d(4, 6, 3, config, vb.pp("conv1"))?;
+    let ours = layers::conv2d(4, 6, 3, config, vb.pp("conv1"))?;
+    let bare = layers::conv2d_no_bias(4, 6, 3, config, vb.pp("conv1"))?;
+    assert_eq!(vars.all_vars().len(), 2);
+    assert_eq!(ours.config(), theirs.config());
+    assert_eq!(values(ours.weight())?, values(theirs.weight())?);
+    assert!(bare.bias().is_none());
+    let x = tensor(
+        &random(5, 2 * 4 * 81, 0.0),
+        &[2, 4, 9, 9],
+        DType::F32,
+        &Device::Cpu,
+    )?;
+    let expected = values(&theirs.forward(&x)?)?;
+    let back: candle_nn::Conv2d = layers::Conv2d::from(theirs).into();
+    for layer in [&ours as &dyn Module, &back] {
+        assert_close("y", &values(&layer.forward(&x)?)?, &expected, 1e-5, 1e-5);
+    }
+    let no_groups = Conv2dConfig {
+        groups: 0,
+        ..config
+    };
+    for (config, parts) in [(no_groups, ["4 and 6", "0"]), (config, ["5 and 6", "2"])] {
+        let in_channels = if config.groups == 0 { 4 } else { 5 };
+        let layer = layers::conv2d(in_channels, 6, 3, config, vb.pp("conv2"));
+        assert_error(layer, &parts);
+    }
     Ok(())
 }
