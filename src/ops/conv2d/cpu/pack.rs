@@ -136,10 +136,24 @@ fn to_planes<T: Element>(
     plane: usize,
     bias: Option<&[T]>,
 ) {
+    let bias = |lane: usize| bias.map_or(T::zero(), |bias| bias[lane]);
+    let (first, last) = (targets[0], targets[targets.len() - 1]);
+    // They ascend.
+    if last - first + 1 == targets.len() {
+        let lanes = out.len() / plane;
+        transpose(
+            block,
+            width,
+            &mut out[first..],
+            plane,
+            [targets.len(), lanes],
+            bias,
+        );
+        return;
+    }
     for (lane, out) in out.chunks_exact_mut(plane).enumerate() {
-        let bias = bias.map_or(T::zero(), |bias| bias[lane]);
         for (row, &target) in block.chunks_exact(width).zip(targets) {
-            out[target].write(row[lane] + bias);
+            out[target].write(row[lane] + bias(lane));
         }
     }
 }
@@ -153,11 +167,65 @@ pub(super) fn to_panel<T: Element>(
     panel: &mut [T],
     width: usize,
 ) {
-    let planes_len = planes.len() / plane;
-    for (i, row) in panel.chunks_exact_mut(width).enumerate() {
-        for (lane, to) in row[..planes_len].iter_mut().enumerate() {
-            *to = planes[lane * plane + start + i];
+    let (lanes, positions) = (planes.len() / plane, panel.len() / width);
+    // SAFETY: `MaybeUninit<T>` has the layout of `T`, and `transpose` only writes values.
+    let to = unsafe { &mut *(std::ptr::from_mut(panel) as *mut [MaybeUninit<T>]) };
+    transpose(
+        &planes[start..],
+        plane,
+        to,
+        width,
+        [lanes, positions],
+        |_| T::zero(),
+    );
+    if lanes < width {
+        for row in panel.chunks_exact_mut(width) {
+            row[lanes..].fill(T::zero());
         }
-        row[planes_len..].fill(T::zero());
+    }
+}
+
+/// `to[j·to_stride + i] = from[i·from_stride + j] + add(j)` for `i` and `j` below the two `sizes`.
+fn transpose<T: Element>(
+    from: &[T],
+    from_stride: usize,
+    to: &mut [MaybeUninit<T>],
+    to_stride: usize,
+    [rows, columns]: [usize; 2],
+    add: impl Fn(usize) -> T,
+) {
+    /// The compiler makes a few shuffles of a block of this size.
+    const SIDE: usize = 4;
+    if rows == 0 || columns == 0 {
+        return;
+    }
+    assert!((rows - 1) * from_stride + columns <= from.len());
+    assert!((columns - 1) * to_stride + rows <= to.len());
+    let (whole_rows, whole_columns) = (rows - rows % SIDE, columns - columns % SIDE);
+    for j in (0..whole_columns).step_by(SIDE) {
+        let add: [T; SIDE] = std::array::from_fn(|b| add(j + b));
+        for i in (0..whole_rows).step_by(SIDE) {
+            // SAFETY: the block's rows and columns are below the sizes, for which both slices are
+            // long enough.
+            unsafe {
+                let block: [[T; SIDE]; SIDE] = std::array::from_fn(|a| {
+                    from.as_ptr()
+                        .add((i + a) * from_stride + j)
+                        .cast::<[T; SIDE]>()
+                        .read_unaligned()
+                });
+                for b in 0..SIDE {
+                    let column: [T; SIDE] = std::array::from_fn(|a| block[a][b] + add[b]);
+                    let to = to.as_mut_ptr().add((j + b) * to_stride + i);
+                    to.cast::<[T; SIDE]>().write_unaligned(column);
+                }
+            }
+        }
+    }
+    for j in 0..columns {
+        let left = if j < whole_columns { whole_rows } else { 0 };
+        for i in left..rows {
+            to[j * to_stride + i].write(from[i * from_stride + j] + add(j));
+        }
     }
 }
