@@ -4,6 +4,8 @@
 use std::mem::MaybeUninit;
 
 use super::kernel::{kernel_for, Element, Kernel, Sweep};
+use crate::ops::output::Output;
+use crate::ops::parallel::for_each;
 
 /// The channels of a group, cut into panels as wide as the kernel. The last may have lanes to spare.
 #[derive(Clone, Copy)]
@@ -44,24 +46,28 @@ impl<T: Element> Panels<T> {
         groups: usize,
         depth: usize,
         lanes: Lanes<T>,
-        value: impl Fn(usize, usize, usize) -> T,
+        value: impl Fn(usize, usize, usize) -> T + Sync,
     ) -> Self {
-        let width = lanes.kernel.width;
-        let mut values = vec![T::zero(); groups * lanes.panels() * depth * width];
-        let mut rows = values.chunks_exact_mut(width);
-        for group in 0..groups {
-            for panel in 0..lanes.panels() {
-                for (k, row) in rows.by_ref().take(depth).enumerate() {
-                    for (to, channel) in row.iter_mut().zip(lanes.of(panel)) {
-                        *to = value(group, k, channel);
-                    }
+        let (panels, width) = (lanes.panels(), lanes.kernel.width);
+        let mut values = Output::new(groups * panels * depth * width);
+        let parts = values.parts();
+        for_each(groups * panels, groups * panels * depth * width, |task| {
+            let (group, panel) = (task / panels, task % panels);
+            // SAFETY: each panel is one task's.
+            let rows = unsafe { parts.part(task * depth * width..(task + 1) * depth * width) };
+            for (k, row) in rows.chunks_exact_mut(width).enumerate() {
+                let (used, spare) = row.split_at_mut(lanes.of(panel).len());
+                for (to, channel) in used.iter_mut().zip(lanes.of(panel)) {
+                    to.write(value(group, k, channel));
                 }
+                spare.fill(MaybeUninit::new(T::zero()));
             }
-        }
+        });
         Self {
             lanes,
             depth,
-            values,
+            // SAFETY: every panel has been written, used and spare lanes of all rows.
+            values: unsafe { values.finish() },
         }
     }
 
