@@ -165,7 +165,7 @@ fn to_planes<T: Element>(
 }
 
 /// The columns of `planes`, from position `start` on, as many as fit in `panel`. Lanes to spare
-/// become zeros.
+/// become zeros: nobody reads what comes of them, but left-over bits can be slow numbers.
 pub(super) fn to_panel<T: Element>(
     planes: &[T],
     plane: usize,
