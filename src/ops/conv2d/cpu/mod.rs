@@ -6,22 +6,22 @@
 //! weights is summed up per task, for a number of tasks that only depends on the batch, and the
 //! tasks in their order: the result does not depend on the threads.
 
+mod gradients;
 mod kernel;
 mod pack;
 mod plan;
 mod scratch;
 mod vector;
 
-use std::mem::MaybeUninit;
 use std::sync::OnceLock;
 
 use super::Spec;
 use crate::ops::output::Output;
 use crate::ops::parallel::for_each;
+use gradients::{Sums, ToInput, ToWeight};
 pub(crate) use kernel::Element;
-use kernel::Sweep;
-use pack::{to_panel, Lanes, Panels, Pass, DEPTH, ROWS};
-use plan::{Phases, Windows};
+use pack::{Lanes, Panels, Pass, ROWS};
+use plan::Windows;
 use scratch::with_scratch;
 
 /// Input of [`forward`]. All tensors are contiguous.
@@ -77,7 +77,7 @@ pub(crate) fn forward<T: Element>(job: &Forward<T>) -> Vec<T> {
     };
     let mut y = Output::new(spec.n * spec.outputs());
     let y_parts = y.parts();
-    for_each(spec.n, spec.work(), |image| {
+    for_each(spec.n, spec.work() / PER_VALUE, |image| {
         // SAFETY: each image is one task's.
         let y = unsafe { y_parts.part(image * spec.outputs()..(image + 1) * spec.outputs()) };
         let x = &job.x[image * spec.inputs()..][..spec.inputs()];
@@ -101,6 +101,9 @@ pub(crate) fn forward<T: Element>(job: &Forward<T>) -> Vec<T> {
     unsafe { y.finish() }
 }
 
+/// So many multiplications take as long as a value in a plain loop.
+const PER_VALUE: usize = 16;
+
 /// So many tasks share the images of a backward pass, each with a sum of its own.
 const TASKS: usize = 16;
 
@@ -113,7 +116,7 @@ pub(crate) fn backward<T: Element>(job: &Backward<T>) -> Grads<T> {
     let dx_parts = dx.as_mut().map(Output::parts);
     let tasks = spec.n.min(TASKS);
     let sums: Vec<OnceLock<Sums<T>>> = (0..tasks).map(|_| OnceLock::new()).collect();
-    for_each(tasks, spec.work(), |task| {
+    for_each(tasks, spec.work() / PER_VALUE, |task| {
         let mut sum = Sums {
             dweight: vec![T::zero(); to_weight.as_ref().map_or(0, ToWeight::sums)],
             dbias: vec![
@@ -150,156 +153,6 @@ pub(crate) fn backward<T: Element>(job: &Backward<T>) -> Grads<T> {
         dx: dx.map(|dx| unsafe { dx.finish() }),
         dweight: to_weight.map(|to_weight| to_weight.total(&sums)),
         dbias: (wants.dbias).then(|| (0..spec.groups * spec.c_out).map(dbias).collect()),
-    }
-}
-
-/// What a task has summed up over its images.
-struct Sums<T> {
-    /// In the panels of [`ToWeight`].
-    dweight: Vec<T>,
-    dbias: Vec<f64>,
-}
-
-/// The gradient of the input: `dy`, with a border, against the weights of each phase.
-struct ToInput<'a, T: 'static> {
-    spec: &'a Spec,
-    plan: Phases,
-    panels: Vec<Panels<T>>,
-}
-
-impl<'a, T: Element> ToInput<'a, T> {
-    fn new(job: &Backward<'a, T>) -> Self {
-        let spec = job.spec;
-        let plan = Phases::new(spec);
-        let lanes = Lanes::new(spec.c_in);
-        let panels = plan.phases.iter().map(|phase| {
-            Panels::new(spec.groups, phase.depth.len(), lanes, |group, k, c| {
-                let (o, tap) = phase.weights[k];
-                let row = (group * spec.c_out + o) * spec.c_in + c;
-                job.weight[row * spec.kh * spec.kw + tap]
-            })
-        });
-        Self {
-            spec,
-            panels: panels.collect(),
-            plan,
-        }
-    }
-
-    fn write(&self, dy: &[T], dx: &mut [MaybeUninit<T>]) {
-        let Self { spec, plan, panels } = self;
-        let Some(width) = panels.first().map(|panels| panels.lanes.kernel.width) else {
-            return;
-        };
-        let framed = plan.frame.scratch(spec.groups * spec.c_out);
-        with_scratch([framed, ROWS * width], |[framed, block]| {
-            let dy = plan.frame.apply(dy, framed);
-            for (phase, panels) in plan.phases.iter().zip(panels) {
-                let pass = Pass {
-                    panels,
-                    rows: &phase.rows,
-                    depth: &phase.depth,
-                    targets: &phase.pixels,
-                    plane: spec.h * spec.w,
-                };
-                let dy = dy.chunks_exact(spec.c_out * plan.frame.plane());
-                let dx = dx.chunks_exact_mut(spec.c_in * pass.plane);
-                for (group, (dy, dx)) in dy.zip(dx).enumerate() {
-                    pass.run(group, dy, block, dx, None);
-                }
-            }
-        });
-    }
-}
-
-/// The gradient of the weights: the roles of windows and taps change places.
-struct ToWeight<'a, T: 'static> {
-    spec: &'a Spec,
-    windows: Windows,
-    lanes: Lanes<T>,
-}
-
-impl<'a, T: Element> ToWeight<'a, T> {
-    fn new(job: &Backward<'a, T>) -> Self {
-        Self {
-            spec: job.spec,
-            windows: Windows::new(job.spec),
-            lanes: Lanes::new(job.spec.c_out),
-        }
-    }
-
-    /// The length of a sum: `[group][panel][tap][lane]`.
-    fn sums(&self) -> usize {
-        self.spec.groups * self.lanes.panels() * self.panel()
-    }
-
-    fn panel(&self) -> usize {
-        self.windows.taps.len() * self.lanes.kernel.width
-    }
-
-    /// Adds what an image brings.
-    fn add(&self, x: &[T], dy: &[T], sum: &mut [T]) {
-        let Self {
-            spec,
-            windows,
-            lanes,
-        } = self;
-        let (plane, width) = (spec.oh * spec.ow, lanes.kernel.width);
-        let framed = windows.frame.scratch(spec.groups * spec.c_in);
-        with_scratch([framed, DEPTH * width], |[framed, panel]| {
-            let x = windows.frame.apply(x, framed);
-            let x = x.chunks_exact(spec.c_in * windows.frame.plane());
-            let dy = dy.chunks_exact(spec.c_out * plane);
-            let sum = sum.chunks_exact_mut(lanes.panels() * self.panel());
-            for (x, (dy, sum)) in x.zip(dy.zip(sum)) {
-                for (index, sum) in sum.chunks_exact_mut(self.panel()).enumerate() {
-                    let channels = lanes.of(index);
-                    let dy = &dy[channels.start * plane..channels.end * plane];
-                    for (i, depth) in windows.rows.chunks(DEPTH).enumerate() {
-                        let panel = &mut panel[..depth.len() * width];
-                        to_panel(dy, plane, i * DEPTH, panel, width);
-                        lanes.kernel.run(Sweep {
-                            x,
-                            rows: &windows.taps,
-                            depth,
-                            panel,
-                            out: sum,
-                            accumulate: true,
-                        });
-                    }
-                }
-            }
-        });
-    }
-
-    /// The sum of the tasks, in the order of the weights.
-    fn total(&self, sums: &[&Sums<T>]) -> Vec<T> {
-        let Self {
-            spec,
-            windows,
-            lanes,
-        } = self;
-        let (taps, width) = (windows.taps.len(), lanes.kernel.width);
-        let mut dweight = Output::new(spec.groups * spec.c_out * taps);
-        let parts = dweight.parts();
-        for_each(taps, sums.len() * self.sums(), |tap| {
-            for group in 0..spec.groups {
-                for panel in 0..lanes.panels() {
-                    let start = (group * lanes.panels() + panel) * self.panel() + tap * width;
-                    for (lane, o) in lanes.of(panel).enumerate() {
-                        let sum = sums
-                            .iter()
-                            .map(|sum| sum.dweight[start + lane].to_f64())
-                            .sum();
-                        let index = (group * spec.c_out + o) * taps + tap;
-                        // SAFETY: each tap is one task's.
-                        unsafe { parts.write(index, T::from_f64(sum)) };
-                    }
-                }
-            }
-        });
-        // SAFETY: every weight has been written: the panels cover the channels of each group.
-        unsafe { dweight.finish() }
     }
 }
 
