@@ -6,7 +6,7 @@ use candle_batch_norm::layers;
 use candle_batch_norm::ops::conv2d;
 use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_nn::{Conv2dConfig, VarBuilder, VarMap};
-use common::{assert_close, assert_error, random, rounding, tensor, values, var};
+use common::{assert_close, assert_error, devices, random, rounding, tensor, values, var};
 
 /// One convolution, in `f64`.
 #[derive(Debug, Clone)]
@@ -553,8 +553,15 @@ fn errors_name_what_was_given() -> Result<()> {
 /// The layer finds candle-nn's variables by name, and computes the same with them.
 #[test]
 fn layer_is_candle_nns() -> Result<()> {
+    for device in devices() {
+        layer_is_candle_nns_on(&device)?;
+    }
+    Ok(())
+}
+
+fn layer_is_candle_nns_on(device: &Device) -> Result<()> {
     let vars = VarMap::new();
-    let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, device);
     let config = Conv2dConfig {
         stride: 2,
         groups: 2,
@@ -571,7 +578,7 @@ fn layer_is_candle_nns() -> Result<()> {
         &random(5, 2 * 4 * 81, 0.0),
         &[2, 4, 9, 9],
         DType::F32,
-        &Device::Cpu,
+        device,
     )?;
     let expected = values(&theirs.forward(&x)?)?;
     let back: candle_nn::Conv2d = layers::Conv2d::from(theirs).into();

@@ -64,7 +64,8 @@ impl Spec {
 ///
 /// On the CPU this is an op of its own, on all of candle's threads, with the same bits on every run;
 /// only those gradients are computed that somebody asks for. (candle's own gradient of the weights is
-/// a convolution with a kernel as large as the output.) F16 and BF16 are computed in F32 and rounded
+/// a convolution with a kernel as large as the output.) A thread takes whole images, so that a batch
+/// smaller than the number of threads leaves some of them idle. F16 and BF16 are computed in F32 and rounded
 /// once. On other devices it is candle's `conv2d`, for which `config.cudnn_fwd_algo` is.
 ///
 /// `x`, `weight` and `bias: [c_out]` have one dtype, F32, F64, F16 or BF16; layouts that are not
