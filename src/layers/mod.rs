@@ -2,7 +2,9 @@
 
 mod batch_norm;
 mod config;
+mod conv2d;
 mod convert;
 
 pub use batch_norm::{batch_norm, BatchNorm};
 pub use config::{BatchNormConfig, Freeze};
+pub use conv2d::{conv2d, conv2d_no_bias, Conv2d};

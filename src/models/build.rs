@@ -43,7 +43,7 @@ impl<'a> Builder<'a> {
                     padding: 1,
                     ..Default::default()
                 };
-                let conv = candle_nn::conv2d(self.shape[0], channels, 3, config, vb)?;
+                let conv = layers::conv2d(self.shape[0], channels, 3, config, vb)?;
                 self.layers.push(Layer::Conv(conv));
                 self.shape[0] = channels;
                 self.norm_and_relu(channels)?;

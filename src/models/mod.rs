@@ -37,9 +37,9 @@ mod build;
 mod dropout;
 
 use candle_core::{bail, Module, ModuleT, Result, Tensor};
-use candle_nn::{Conv2d, Linear, VarBuilder};
+use candle_nn::{Linear, VarBuilder};
 
-use crate::layers::{self, BatchNormConfig};
+use crate::layers::{self, BatchNormConfig, Conv2d};
 use build::Builder;
 pub use dropout::{Dropout, DropoutKind};
 

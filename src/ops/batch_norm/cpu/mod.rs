@@ -9,7 +9,6 @@ mod columns;
 mod convert;
 mod element;
 mod lanes;
-mod output;
 mod passes;
 mod planes;
 mod sweep;

@@ -4,9 +4,10 @@ use std::ops::Range;
 
 use super::convert::{Element, Real};
 use super::element::{write_y, Channel, ChannelGrad, Channels, Mask, Slice};
-use super::output::Output;
 use super::sweep::{Division, Tile};
 use super::{Backward, Forward, Grads};
+use crate::ops::output::Output;
+use crate::ops::parallel;
 
 /// How the channels of a tensor lie in memory: in groups, and the values of a group in parts.
 pub(super) trait Tiling: Sync + Sized {
@@ -127,7 +128,7 @@ pub(super) fn backward<L: Tiling, T: Element, M: Mask<T>>(
     };
     let (means, vars) = job.saved.split_at(spec.dims.c);
     let division = tiling.division();
-    let rows = division.map(division.groups, |group| {
+    let rows = parallel::map(division.groups, division.values, |group| {
         let channels = tiling.channels(group);
         let mean = copy(tiling, &means[channels.clone()]);
         let var = copy(tiling, &vars[channels.clone()]);

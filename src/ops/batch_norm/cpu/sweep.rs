@@ -1,6 +1,6 @@
 //! How the work on a tensor is divided: first sums over its values, then a second look at each.
 
-use super::output::Output;
+use crate::ops::parallel::{for_each, is_parallel, map, threads};
 
 /// Which values a piece of work is about: a part of those of a group of channels.
 #[derive(Clone, Copy)]
@@ -22,9 +22,6 @@ pub(super) struct Division {
 /// Values of a part: few enough for a core's first cache, enough to make the merging cheap.
 pub(super) const PART: usize = 1 << 13;
 
-/// Below this many values a second thread costs more than it brings.
-const PARALLEL_FROM: usize = 1 << 15;
-
 /// So many groups for each thread keep all of them busy to the end.
 const GROUPS_PER_THREAD: usize = 4;
 
@@ -39,10 +36,13 @@ impl Division {
         finish: impl Fn(usize, &[P]) -> G + Sync,
         visit: impl Fn(Tile, &G) + Sync,
     ) -> Vec<G> {
-        let Self { groups, parts, .. } = self;
-        let threads = candle_core::utils::barrier_pool().n_workers() + 1;
-        if parts == 1 || groups >= GROUPS_PER_THREAD * threads || !self.is_parallel() {
-            return self.map(groups, |group| {
+        let Self {
+            groups,
+            parts,
+            values,
+        } = self;
+        if parts == 1 || groups >= GROUPS_PER_THREAD * threads() || !is_parallel(values) {
+            return map(groups, values, |group| {
                 let tiles = (0..parts).map(|part| Tile { group, part });
                 let reduced: Vec<_> = tiles.clone().map(&reduce).collect();
                 let finished = finish(group, &reduced);
@@ -54,39 +54,13 @@ impl Division {
             group: index / parts,
             part: index % parts,
         };
-        let reduced = self.map(groups * parts, |index| reduce(tile(index)));
+        let reduced = map(groups * parts, values, |index| reduce(tile(index)));
         let reduced = reduced.chunks(parts).enumerate();
         let finished: Vec<_> = reduced.map(|(group, tiles)| finish(group, tiles)).collect();
-        self.for_each(groups * parts, |index| {
+        for_each(groups * parts, values, |index| {
             let tile = tile(index);
             visit(tile, &finished[tile.group]);
         });
         finished
-    }
-
-    fn is_parallel(&self) -> bool {
-        self.values >= PARALLEL_FROM
-    }
-
-    /// Runs `task` for `0..tasks`, on candle's threads if there are values enough.
-    fn for_each(&self, tasks: usize, task: impl Fn(usize) + Sync) {
-        if tasks < 2 || !self.is_parallel() {
-            (0..tasks).for_each(task);
-        } else {
-            let pool = candle_core::utils::barrier_pool();
-            pool.execute_chunked(tasks, |range| range.for_each(&task));
-        }
-    }
-
-    /// What `task` gives for `0..tasks`, in this order.
-    pub fn map<R: Send>(&self, tasks: usize, task: impl Fn(usize) -> R + Sync) -> Vec<R> {
-        let mut results = Output::new(tasks);
-        let parts = results.parts();
-        self.for_each(tasks, |index| {
-            // SAFETY: no two tasks have the same index.
-            unsafe { parts.write(index, task(index)) }
-        });
-        // SAFETY: every task has written its result.
-        unsafe { results.finish() }
     }
 }

@@ -5,12 +5,12 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 /// An uninitialised buffer of a known length whose parts are handed out to tasks.
-pub(super) struct Output<T> {
+pub(crate) struct Output<T> {
     buffer: Vec<MaybeUninit<T>>,
 }
 
 /// Leave to write to the parts of an [`Output`] from several threads.
-pub(super) struct Parts<'a, T> {
+pub(crate) struct Parts<'a, T> {
     start: *mut MaybeUninit<T>,
     len: usize,
     buffer: PhantomData<&'a mut [MaybeUninit<T>]>,

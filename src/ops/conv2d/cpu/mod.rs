@@ -1,0 +1,169 @@
+//! Convolution on the CPU: loops over slices, without candle's types.
+//!
+//! Forward pass and gradients are matrix products over the windows of the images. One loop
+//! ([`kernel`]) does all of them; it gathers the windows through lists of offsets ([`plan`]), so
+//! that no image is ever unfolded. The images go to the threads one by one; the gradient of the
+//! weights is summed up per task, for a number of tasks that only depends on the batch, and the
+//! tasks in their order: the result does not depend on the threads.
+
+mod gradients;
+mod kernel;
+mod pack;
+mod plan;
+mod scratch;
+mod vector;
+
+use std::sync::OnceLock;
+
+use super::Spec;
+use crate::ops::output::Output;
+use crate::ops::parallel::for_each;
+use gradients::{Sums, ToInput, ToWeight};
+pub(crate) use kernel::Element;
+use pack::{Lanes, Panels, Pass, ROWS};
+use plan::Windows;
+use scratch::with_scratch;
+
+/// Input of [`forward`]. All tensors are contiguous.
+pub(crate) struct Forward<'a, T> {
+    pub spec: &'a Spec,
+    pub x: &'a [T],
+    pub weight: &'a [T],
+    pub bias: Option<&'a [T]>,
+}
+
+/// Input of [`backward`]. All tensors are contiguous.
+pub(crate) struct Backward<'a, T> {
+    pub spec: &'a Spec,
+    pub x: &'a [T],
+    pub weight: &'a [T],
+    pub dy: &'a [T],
+    pub wants: Wants,
+}
+
+/// Which gradients somebody asked for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Wants {
+    pub dx: bool,
+    pub dweight: bool,
+    pub dbias: bool,
+}
+
+/// The gradients that were asked for.
+pub(crate) struct Grads<T> {
+    pub dx: Option<Vec<T>>,
+    pub dweight: Option<Vec<T>>,
+    pub dbias: Option<Vec<T>>,
+}
+
+/// The output `[n, c_out, oh, ow]`.
+pub(crate) fn forward<T: Element>(job: &Forward<T>) -> Vec<T> {
+    let spec = job.spec;
+    let windows = Windows::new(spec);
+    let taps = windows.taps.len();
+    let panels = Panels::new(
+        spec.groups,
+        taps,
+        Lanes::new(spec.c_out),
+        |group, tap, o| job.weight[(group * spec.c_out + o) * taps + tap],
+    );
+    let targets: Vec<usize> = (0..windows.rows.len()).collect();
+    let pass = Pass {
+        panels: &panels,
+        rows: &windows.rows,
+        depth: &windows.taps,
+        targets: &targets,
+        plane: spec.oh * spec.ow,
+    };
+    let mut y = Output::new(spec.n * spec.outputs());
+    let y_parts = y.parts();
+    for_each(spec.n, spec.work() / PER_VALUE, |image| {
+        // SAFETY: each image is one task's.
+        let y = unsafe { y_parts.part(image * spec.outputs()..(image + 1) * spec.outputs()) };
+        let x = &job.x[image * spec.inputs()..][..spec.inputs()];
+        let block = ROWS * panels.lanes.kernel.width;
+        with_scratch(
+            [windows.frame.scratch(spec.groups * spec.c_in), block],
+            |[framed, block]| {
+                let x = windows.frame.apply(x, framed);
+                let x = x.chunks_exact(spec.c_in * windows.frame.plane());
+                let y = y.chunks_exact_mut(spec.c_out * pass.plane);
+                for (group, (x, y)) in x.zip(y).enumerate() {
+                    let bias = job
+                        .bias
+                        .map(|bias| &bias[group * spec.c_out..][..spec.c_out]);
+                    pass.run(group, x, block, y, bias);
+                }
+            },
+        );
+    });
+    // SAFETY: every image has been written, all of its channels at all of its positions.
+    unsafe { y.finish() }
+}
+
+/// So many multiplications take as long as a value in a plain loop.
+const PER_VALUE: usize = 16;
+
+/// So many tasks share the images of a backward pass, each with a sum of its own.
+const TASKS: usize = 16;
+
+/// The gradients of [`forward`].
+pub(crate) fn backward<T: Element>(job: &Backward<T>) -> Grads<T> {
+    let (spec, wants) = (job.spec, job.wants);
+    let to_input = wants.dx.then(|| ToInput::new(job));
+    let to_weight = wants.dweight.then(|| ToWeight::new(job));
+    let mut dx = wants.dx.then(|| Output::new(spec.n * spec.inputs()));
+    let dx_parts = dx.as_mut().map(Output::parts);
+    let tasks = spec.n.min(TASKS);
+    let sums: Vec<OnceLock<Sums<T>>> = (0..tasks).map(|_| OnceLock::new()).collect();
+    for_each(tasks, spec.work() / PER_VALUE, |task| {
+        let mut sum = Sums {
+            dweight: vec![T::zero(); to_weight.as_ref().map_or(0, ToWeight::sums)],
+            dbias: vec![
+                0.0;
+                if wants.dbias {
+                    spec.groups * spec.c_out
+                } else {
+                    0
+                }
+            ],
+        };
+        for image in task * spec.n / tasks..(task + 1) * spec.n / tasks {
+            let dy = &job.dy[image * spec.outputs()..][..spec.outputs()];
+            for (sum, dy) in sum.dbias.iter_mut().zip(dy.chunks_exact(spec.oh * spec.ow)) {
+                *sum += sum_of(dy);
+            }
+            if let Some(to_weight) = &to_weight {
+                let x = &job.x[image * spec.inputs()..][..spec.inputs()];
+                to_weight.add(x, dy, &mut sum.dweight);
+            }
+            if let (Some(to_input), Some(dx)) = (&to_input, dx_parts) {
+                // SAFETY: each image is one task's.
+                let dx = unsafe { dx.part(image * spec.inputs()..(image + 1) * spec.inputs()) };
+                to_input.write(dy, dx);
+            }
+        }
+        // Each task has a place of its own, so that this is never a second value.
+        let _ = sums[task].set(sum);
+    });
+    let sums: Vec<&Sums<T>> = sums.iter().filter_map(OnceLock::get).collect();
+    let dbias = |channel| T::from_f64(sums.iter().map(|sum| sum.dbias[channel]).sum());
+    Grads {
+        // SAFETY: every image has been written: each pixel is in one phase, in all channels.
+        dx: dx.map(|dx| unsafe { dx.finish() }),
+        dweight: to_weight.map(|to_weight| to_weight.total(&sums)),
+        dbias: (wants.dbias).then(|| (0..spec.groups * spec.c_out).map(dbias).collect()),
+    }
+}
+
+fn sum_of<T: Element>(values: &[T]) -> f64 {
+    let mut sums = [0.0; 8];
+    let chunks = values.chunks_exact(8);
+    let rest = chunks.remainder();
+    for chunk in chunks {
+        for (sum, value) in sums.iter_mut().zip(chunk) {
+            *sum += value.to_f64();
+        }
+    }
+    sums.iter().sum::<f64>() + rest.iter().map(|value| value.to_f64()).sum::<f64>()
+}
