@@ -24,6 +24,10 @@ use clap::Parser;
 use args::Args;
 use train::Run;
 
+/// The system's allocator gives large blocks back at once, and the next tensor is paged in afresh.
+#[global_allocator]
+static ALLOCATOR: mimalloc::MiMalloc = mimalloc::MiMalloc;
+
 /// What a shell reports for a program that Ctrl-C ended.
 const INTERRUPTED: u8 = 130;
 
