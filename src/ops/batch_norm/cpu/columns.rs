@@ -4,7 +4,8 @@ use std::ops::Range;
 
 use super::convert::{Element, Real};
 use super::element::{Channel, ChannelGrad, Channels, Mask, Slice};
-use super::passes::{ChannelRow, GradRow, Pair, Tiling};
+use super::passes::{Summing, Tiling};
+use super::rows::{ChannelRow, GradRow, Pair};
 use super::sweep::{Division, Tile, PART};
 use crate::shape::Dims;
 
@@ -48,7 +49,6 @@ impl Columns {
 impl Tiling for Columns {
     type Row<A: Real> = Vec<A>;
     type Channels<'a, A: Real + 'a> = ChannelSlices<'a, A>;
-    type Grads<'a, A: Real + 'a> = GradSlices<'a, A>;
 
     fn division(&self) -> Division {
         Division {
@@ -66,14 +66,29 @@ impl Tiling for Columns {
         vec![A::ZERO; self.c]
     }
 
-    fn values(&self, part: usize) -> usize {
-        (self.m - part * self.rows).min(self.rows)
+    #[inline(always)]
+    fn runs(&self, tile: Tile) -> impl Iterator<Item = (Range<usize>, usize)> {
+        let (first, c) = (tile.part * self.rows, self.c);
+        let rows = first..first + self.values(tile.part);
+        rows.map(move |row| (row * c..(row + 1) * c, 0))
     }
 
     #[inline(always)]
-    fn runs(&self, tile: Tile) -> impl Iterator<Item = Range<usize>> {
-        let (first, c) = (tile.part * self.rows, self.c);
-        (first..first + self.values(tile.part)).map(move |row| row * c..(row + 1) * c)
+    fn at<'a, A: Real>(&self, row: &'a ChannelRow<Self, A>, _run: usize) -> ChannelSlices<'a, A> {
+        ChannelSlices {
+            hi: &row.hi,
+            lo: &row.lo,
+            scale: &row.scale,
+            shift: &row.shift,
+        }
+    }
+}
+
+impl Summing for Columns {
+    type Grads<'a, A: Real + 'a> = GradSlices<'a, A>;
+
+    fn values(&self, part: usize) -> usize {
+        (self.m - part * self.rows).min(self.rows)
     }
 
     #[inline(always)]
@@ -122,7 +137,7 @@ impl Tiling for Columns {
             #[inline(always)]
             |columns| {
                 let mut sums =
-                    StripSums::<T::Real>::new(self.at(channels), &channels.mean, &columns);
+                    StripSums::<T::Real>::new(self.at(channels, 0), &channels.mean, &columns);
                 let mut row = columns.clone();
                 while row.end <= tensors.x.len() {
                     sums.add::<T, M>(&tensors.part(row.clone()));
@@ -133,16 +148,6 @@ impl Tiling for Columns {
             },
         );
         Pair(gs, gxs)
-    }
-
-    #[inline(always)]
-    fn at<'a, A: Real>(&self, row: &'a ChannelRow<Self, A>) -> ChannelSlices<'a, A> {
-        ChannelSlices {
-            hi: &row.hi,
-            lo: &row.lo,
-            scale: &row.scale,
-            shift: &row.shift,
-        }
     }
 
     #[inline(always)]

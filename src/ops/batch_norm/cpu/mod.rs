@@ -11,13 +11,14 @@ mod element;
 mod lanes;
 mod passes;
 mod planes;
+mod rows;
 mod sweep;
 
 use super::{Activation, Spec, Wants};
 use columns::Columns;
 pub(crate) use convert::Element;
 use element::{FromInput, FromOutput, Mask, NoMask};
-use planes::Planes;
+use planes::{InOrder, Planes};
 
 /// The learned parameters, `[c]` each; an absent weight is 1, an absent bias 0.
 pub(crate) struct Params {
@@ -57,9 +58,12 @@ pub(crate) struct Grads<T> {
 
 /// The output `[n, c, s]`, and the mean and the (biased) variance that were used, `[2, c]`.
 pub(crate) fn forward<T: Element>(job: &Forward<T>) -> (Vec<T>, Vec<f64>) {
-    match job.spec.dims {
-        dims if dims.s == 1 => passes::forward(&Columns::new(dims), job),
-        dims => passes::forward(&Planes(dims), job),
+    let dims = job.spec.dims;
+    match (&job.given, dims.s) {
+        (None, 1) => passes::forward_training(&Columns::new(dims), job),
+        (None, _) => passes::forward_training(&Planes(dims), job),
+        (Some(given), 1) => passes::forward_given(&Columns::new(dims), job, given),
+        (Some(given), _) => passes::forward_given(&InOrder(dims), job, given),
     }
 }
 

@@ -5,7 +5,8 @@ use std::ops::Range;
 use super::convert::{Element, Real};
 use super::element::{Channel, ChannelGrad, Mask, Same, Slice};
 use super::lanes::{GradSums, Sum};
-use super::passes::{ChannelRow, GradRow, Pair, Tiling};
+use super::passes::{Summing, Tiling};
+use super::rows::{ChannelRow, GradRow, Pair};
 use super::sweep::{Division, Tile, PART};
 use crate::shape::Dims;
 
@@ -14,7 +15,6 @@ pub(super) struct Planes(pub Dims);
 impl Tiling for Planes {
     type Row<A: Real> = [A; 1];
     type Channels<'a, A: Real + 'a> = Same<Channel<A>>;
-    type Grads<'a, A: Real + 'a> = Same<ChannelGrad<A>>;
 
     fn division(&self) -> Division {
         Division {
@@ -32,12 +32,8 @@ impl Tiling for Planes {
         [A::ZERO]
     }
 
-    fn values(&self, part: usize) -> usize {
-        (self.0.m() - part * PART).min(PART)
-    }
-
     #[inline(always)]
-    fn runs(&self, tile: Tile) -> impl Iterator<Item = Range<usize>> {
+    fn runs(&self, tile: Tile) -> impl Iterator<Item = (Range<usize>, usize)> {
         let Dims { c, s, .. } = self.0;
         let end = tile.part * PART + self.values(tile.part);
         let mut next = tile.part * PART;
@@ -50,8 +46,26 @@ impl Tiling for Planes {
             let len = (s - offset).min(end - next);
             next += len;
             let start = (n * c + tile.group) * s + offset;
-            Some(start..start + len)
+            Some((start..start + len, 0))
         })
+    }
+
+    #[inline(always)]
+    fn at<A: Real>(&self, row: &ChannelRow<Self, A>, _run: usize) -> Same<Channel<A>> {
+        Same(Channel {
+            hi: row.hi[0],
+            lo: row.lo[0],
+            scale: row.scale[0],
+            shift: row.shift[0],
+        })
+    }
+}
+
+impl Summing for Planes {
+    type Grads<'a, A: Real + 'a> = Same<ChannelGrad<A>>;
+
+    fn values(&self, part: usize) -> usize {
+        (self.0.m() - part * PART).min(PART)
     }
 
     #[inline(always)]
@@ -62,14 +76,14 @@ impl Tiling for Planes {
             // With the first value taken off, the mean of a constant channel is exactly its value.
             let mut pivot = None;
             let mut sum = Sum::new();
-            for run in self.runs(tile) {
+            for (run, _) in self.runs(tile) {
                 let pivot = *pivot.get_or_insert(x[run.start].to_f64());
                 sum.add(&x[run], |x| x - pivot);
             }
             mean = pivot.unwrap_or(0.0) + sum.total() / m;
         }
         let mut squares = Sum::new();
-        for run in self.runs(tile) {
+        for (run, _) in self.runs(tile) {
             squares.add(&x[run], |x| (x - mean) * (x - mean));
         }
         Pair([mean], [squares.total()])
@@ -82,22 +96,12 @@ impl Tiling for Planes {
         tile: Tile,
         channels: &ChannelRow<Self, T::Real>,
     ) -> Pair<[f64; 1]> {
-        let (channel, mean) = (self.at(channels).0, channels.mean[0]);
+        let (channel, mean) = (self.at(channels, 0).0, channels.mean[0]);
         let mut sums = GradSums::new();
-        for run in self.runs(tile) {
+        for (run, _) in self.runs(tile) {
             sums.add::<T, M>(&tensors.part(run), &channel, mean);
         }
         Pair([sums.g.total()], [sums.gx.total()])
-    }
-
-    #[inline(always)]
-    fn at<A: Real>(&self, row: &ChannelRow<Self, A>) -> Same<Channel<A>> {
-        Same(Channel {
-            hi: row.hi[0],
-            lo: row.lo[0],
-            scale: row.scale[0],
-            shift: row.shift[0],
-        })
     }
 
     #[inline(always)]
@@ -105,6 +109,55 @@ impl Tiling for Planes {
         Same(ChannelGrad {
             mean_g: row.mean_g[0],
             slope: row.slope[0],
+        })
+    }
+}
+
+/// The same tensor in the order of memory: all channels one group, for a pass that needs no sums.
+pub(super) struct InOrder(pub Dims);
+
+impl Tiling for InOrder {
+    type Row<A: Real> = Vec<A>;
+    type Channels<'a, A: Real + 'a> = Same<Channel<A>>;
+
+    fn division(&self) -> Division {
+        Division {
+            groups: 1,
+            parts: self.0.numel().div_ceil(PART),
+            values: self.0.numel(),
+        }
+    }
+
+    fn channels(&self, _group: usize) -> Range<usize> {
+        0..self.0.c
+    }
+
+    fn row<A: Real>(&self) -> Vec<A> {
+        vec![A::ZERO; self.0.c]
+    }
+
+    #[inline(always)]
+    fn runs(&self, tile: Tile) -> impl Iterator<Item = (Range<usize>, usize)> {
+        let Dims { c, s, .. } = self.0;
+        let end = self.0.numel().min((tile.part + 1) * PART);
+        let mut next = tile.part * PART;
+        std::iter::from_fn(move || {
+            if next >= end {
+                return None;
+            }
+            let (plane, start) = (next / s, next);
+            next = end.min((plane + 1) * s);
+            Some((start..next, plane % c))
+        })
+    }
+
+    #[inline(always)]
+    fn at<A: Real>(&self, row: &ChannelRow<Self, A>, channel: usize) -> Same<Channel<A>> {
+        Same(Channel {
+            hi: row.hi[channel],
+            lo: row.lo[channel],
+            scale: row.scale[channel],
+            shift: row.shift[channel],
         })
     }
 }

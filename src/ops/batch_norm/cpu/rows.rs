@@ -1,0 +1,153 @@
+//! What is known of the channels of a group, and how it comes from the sums of the group's parts.
+
+use std::ops::Range;
+
+use super::convert::Real;
+use super::element::Channel;
+use super::passes::{Summing, Tiling};
+use super::{Params, Spec};
+
+pub(super) struct Pair<R>(pub R, pub R);
+
+/// A [`Channel`] for each channel of a group, and the statistics behind it.
+pub(super) struct ChannelRow<L: Tiling, A: Real> {
+    pub mean: L::Row<f64>,
+    pub var: L::Row<f64>,
+    pub rstd: L::Row<f64>,
+    pub hi: L::Row<A>,
+    pub lo: L::Row<A>,
+    pub scale: L::Row<A>,
+    pub shift: L::Row<A>,
+}
+
+/// A [`ChannelGrad`] for each channel of a group, and the gradients of its parameters.
+pub(super) struct GradRow<L: Tiling, A: Real> {
+    pub dweight: L::Row<f64>,
+    pub dbias: L::Row<f64>,
+    pub mean_g: L::Row<A>,
+    pub slope: L::Row<A>,
+}
+
+pub(super) fn copy<L: Tiling>(tiling: &L, values: &[f64]) -> L::Row<f64> {
+    let mut row = tiling.row();
+    row.as_mut().copy_from_slice(values);
+    row
+}
+
+/// `[2, c]` from two rows of every group.
+pub(super) fn by_channel<G>(groups: &[G], rows: fn(&G) -> [&[f64]; 2]) -> Vec<f64> {
+    let rows = |index: usize| groups.iter().map(move |group| rows(group)[index]);
+    let rows: Vec<&[f64]> = rows(0).chain(rows(1)).collect();
+    rows.concat()
+}
+
+/// Mean and biased variance of a group from the moments of its parts (Chan et al. 1983,
+/// <https://doi.org/10.1080/00031305.1983.10483115>).
+#[inline(always)]
+pub(super) fn merge_moments<L: Summing>(
+    tiling: &L,
+    parts: &[Pair<L::Row<f64>>],
+) -> Pair<L::Row<f64>> {
+    let (mut mean, mut var) = (tiling.row::<f64>(), tiling.row::<f64>());
+    let parts = || parts.iter().enumerate();
+    let m = parts().map(|(part, _)| tiling.values(part)).sum::<usize>() as f64;
+    let first = parts().next().map(|(_, Pair(mean, _))| mean.as_ref());
+    let first = first.unwrap_or(&[]);
+    for (part, Pair(part_mean, _)) in parts() {
+        let share = tiling.values(part) as f64 / m;
+        for ((mean, part_mean), first) in
+            mean.as_mut().iter_mut().zip(part_mean.as_ref()).zip(first)
+        {
+            *mean += share * (part_mean - first);
+        }
+    }
+    for (mean, first) in mean.as_mut().iter_mut().zip(first) {
+        *mean += first;
+    }
+    for (part, Pair(part_mean, squares)) in parts() {
+        let values = tiling.values(part) as f64;
+        let part = part_mean.as_ref().iter().zip(squares.as_ref());
+        for ((var, mean), (part_mean, squares)) in
+            var.as_mut().iter_mut().zip(mean.as_ref()).zip(part)
+        {
+            let distance = part_mean - mean;
+            *var += squares + values * distance * distance;
+        }
+    }
+    for var in var.as_mut() {
+        *var /= m;
+    }
+    Pair(mean, var)
+}
+
+/// What is done with the values of a group's channels.
+#[inline(always)]
+pub(super) fn channel_row<L: Tiling, A: Real>(
+    tiling: &L,
+    channels: Range<usize>,
+    spec: &Spec,
+    params: &Params,
+    mean: L::Row<f64>,
+    var: L::Row<f64>,
+) -> ChannelRow<L, A> {
+    let mut row = ChannelRow::<L, A> {
+        mean,
+        var,
+        rstd: tiling.row(),
+        hi: tiling.row(),
+        lo: tiling.row(),
+        scale: tiling.row(),
+        shift: tiling.row(),
+    };
+    let len = channels.len();
+    let (weight, bias) = (&params.weight[channels.clone()], &params.bias[channels]);
+    let (mean, var) = (&row.mean.as_ref()[..len], &row.var.as_ref()[..len]);
+    let rstd = &mut row.rstd.as_mut()[..len];
+    let (hi, lo) = (&mut row.hi.as_mut()[..len], &mut row.lo.as_mut()[..len]);
+    let (scale, shift) = (
+        &mut row.scale.as_mut()[..len],
+        &mut row.shift.as_mut()[..len],
+    );
+    for j in 0..len {
+        rstd[j] = spec.rstd(var[j]);
+        let channel = Channel::<A>::new(mean[j], rstd[j], weight[j], bias[j]);
+        (hi[j], lo[j]) = (channel.hi, channel.lo);
+        (scale[j], shift[j]) = (channel.scale, channel.shift);
+    }
+    row
+}
+
+/// The gradients of a group's parameters, and what `dx` needs, from the sums of its parts.
+#[inline(always)]
+pub(super) fn grad_row<L: Tiling, A: Real>(
+    tiling: &L,
+    channels: &ChannelRow<L, A>,
+    parts: &[Option<Pair<L::Row<f64>>>],
+    m: usize,
+    remove_mean: bool,
+) -> GradRow<L, A> {
+    let (mut sum_g, mut sum_gx) = (tiling.row::<f64>(), tiling.row::<f64>());
+    for Pair(g, gx) in parts.iter().flatten() {
+        let part = g.as_ref().iter().zip(gx.as_ref());
+        for ((sum_g, sum_gx), (g, gx)) in sum_g.as_mut().iter_mut().zip(sum_gx.as_mut()).zip(part) {
+            *sum_g += g;
+            *sum_gx += gx;
+        }
+    }
+    let (mut mean_g, mut slope) = (tiling.row::<A>(), tiling.row::<A>());
+    let (m, rstd) = (m as f64, channels.rstd.as_ref());
+    let len = rstd.len();
+    let (sums_g, sums_gx) = (&sum_g.as_ref()[..len], &mut sum_gx.as_mut()[..len]);
+    let (means_g, slopes) = (&mut mean_g.as_mut()[..len], &mut slope.as_mut()[..len]);
+    for j in 0..len {
+        means_g[j] = A::from_f64(if remove_mean { sums_g[j] / m } else { 0.0 });
+        slopes[j] = A::from_f64(rstd[j] * rstd[j] * sums_gx[j] / m);
+        sums_gx[j] *= rstd[j];
+    }
+    GradRow {
+        dweight: sum_gx,
+        dbias: sum_g,
+        mean_g,
+        slope,
+    }
+}
