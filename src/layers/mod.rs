@@ -4,7 +4,9 @@ mod batch_norm;
 mod config;
 mod conv2d;
 mod convert;
+mod linear;
 
 pub use batch_norm::{batch_norm, BatchNorm};
 pub use config::{BatchNormConfig, Freeze};
 pub use conv2d::{conv2d, conv2d_no_bias, Conv2d};
+pub use linear::{linear, linear_no_bias, Linear};

@@ -70,7 +70,7 @@ impl<'a> Builder<'a> {
         }
         self.linears += 1;
         let vb = self.vb.pp(format!("fc{}", self.linears));
-        let linear = candle_nn::linear(self.shape.iter().product(), features, vb)?;
+        let linear = layers::linear(self.shape.iter().product(), features, vb)?;
         self.layers.push(Layer::Linear(linear));
         self.shape = vec![features];
         Ok(())

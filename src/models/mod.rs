@@ -37,7 +37,7 @@ mod build;
 mod dropout;
 
 use candle_core::{bail, Module, ModuleT, Result, Tensor};
-use candle_nn::{Linear, VarBuilder};
+use candle_nn::VarBuilder;
 
 use crate::layers::{self, BatchNormConfig, Conv2d};
 use build::Builder;
@@ -173,7 +173,7 @@ enum Block {
 #[derive(Debug)]
 enum Layer {
     Conv(Conv2d),
-    Linear(Linear),
+    Linear(layers::Linear),
     BatchNorm(layers::BatchNorm),
     CandleBatchNorm(candle_nn::BatchNorm),
     Relu,

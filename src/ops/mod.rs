@@ -2,6 +2,8 @@
 
 mod batch_norm;
 mod conv2d;
+mod host;
+mod linear;
 mod output;
 mod parallel;
 
@@ -10,3 +12,4 @@ pub use batch_norm::{
     BatchNormGrads, BatchNormPullback, BatchStats,
 };
 pub use conv2d::conv2d;
+pub use linear::linear;

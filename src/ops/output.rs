@@ -71,6 +71,11 @@ impl<'a, T> Parts<'a, T> {
         unsafe { std::slice::from_raw_parts_mut(self.start.add(range.start), range.len()) }
     }
 
+    /// Where the buffer begins, for those who write parts that are no slices.
+    pub fn as_ptr(self) -> *mut T {
+        self.start.cast()
+    }
+
     /// Writes one value.
     ///
     /// # Safety

@@ -2,12 +2,11 @@
 
 use candle_core::backend::BackendStorage;
 use candle_core::op::BackpropOp;
-use candle_core::{
-    bail, CpuStorage, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor, WithDType,
-};
+use candle_core::{bail, CpuStorage, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor};
 
 use super::cpu::{self, Backward, Element, Forward, Grads, Wants};
 use super::Spec;
+use crate::ops::host::values;
 
 /// Convolution of its first argument with the second. The third is the bias, if there is one.
 pub(super) struct ConvOp {
@@ -106,12 +105,4 @@ fn backward<T: Element>(
         dweight.map(|dweight| tensor(dweight, tensors[1].shape())),
         dbias.map(|dbias| tensor(dbias, &channels)),
     ))
-}
-
-/// The values of a contiguous tensor, from its offset on.
-fn values<'a, T: WithDType>(storage: &'a CpuStorage, layout: &Layout) -> Result<&'a [T]> {
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(&T::cpu_storage_as_slice(storage)?[start..end]),
-        None => bail!("conv2d expects a contiguous tensor here, got {layout:?}"),
-    }
 }

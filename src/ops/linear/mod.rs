@@ -1,0 +1,146 @@
+//! The linear layer's product, for training.
+
+mod cpu;
+mod op;
+
+use candle_core::{bail, DType, Result, Tensor};
+
+use op::LinearOp;
+
+/// The sizes of a product.
+#[derive(Debug, Clone, Copy, PartialEq, Eq)]
+pub(crate) struct Spec {
+    pub n: usize,
+    pub inputs: usize,
+    pub outputs: usize,
+}
+
+/// An affine map of the last dimension, in one op with its gradients.
+///
+/// For `x: […, in]` and `weight: [out, in]`:
+///
+/// ```text
+/// y[n, o]       = bias[o] + Σ weight[o, i]·x[n, i]
+/// dx[n, i]      = Σ dy[n, o]·weight[o, i]
+/// dweight[o, i] = Σ dy[n, o]·x[n, i]
+/// dbias[o]      = Σ dy[n, o]
+/// ```
+///
+/// `y` is `[…, out]`. On the CPU the products are those of the crate `gemm` that candle uses too, cut
+/// into blocks for candle's threads; only those gradients are computed that somebody asks for, and
+/// none is transposed or added to zeros on its way, as it is for a product with `weight.t()`. F16 and
+/// BF16 are computed in F32 and rounded once. On other devices it is candle's `matmul`.
+///
+/// `x`, `weight` and `bias: [out]` have one dtype, F32, F64, F16 or BF16; layouts that are not
+/// contiguous are copied first.
+///
+/// PyTorch: `torch.nn.functional.linear(x, weight, bias)`.
+///
+/// # Errors
+/// Tensors of another rank, dtype or device, and sizes that do not go together.
+///
+/// ```
+/// use candle_batch_norm::ops::linear;
+/// use candle_core::{Device, Tensor};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let x = Tensor::new(&[[1f32, 2.0], [3.0, 4.0]], &Device::Cpu)?;
+/// let weight = Tensor::new(&[[1f32, 0.0], [1.0, 1.0], [0.0, -1.0]], &Device::Cpu)?;
+/// let bias = Tensor::new(&[0f32, 0.0, 10.0], &Device::Cpu)?;
+/// let y = linear(&x, &weight, Some(&bias))?;
+/// assert_eq!(y.to_vec2::<f32>()?, [[1.0, 3.0, 8.0], [3.0, 7.0, 6.0]]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tensor> {
+    let spec = check(x, weight, bias)?;
+    let mut shape = x.dims().to_vec();
+    shape.pop();
+    shape.push(spec.outputs);
+    let flat = x.reshape((spec.n, spec.inputs))?;
+    let y = if !x.device().is_cpu() {
+        let y = flat.matmul(&weight.t()?)?;
+        match bias {
+            None => y,
+            Some(bias) => y.broadcast_add(bias)?,
+        }
+    } else if matches!(x.dtype(), DType::F16 | DType::BF16) {
+        let wide = |t: &Tensor| t.to_dtype(DType::F32);
+        let bias = bias.map(wide).transpose()?;
+        apply(&wide(&flat)?, &wide(weight)?, bias.as_ref(), spec)?.to_dtype(x.dtype())?
+    } else {
+        apply(&flat, weight, bias, spec)?
+    };
+    y.reshape(shape)
+}
+
+fn apply(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, spec: Spec) -> Result<Tensor> {
+    // In the op, a copy that is made so would be a constant.
+    let (x, weight) = (x.contiguous()?, weight.contiguous()?);
+    let op = LinearOp {
+        spec,
+        has_bias: bias.is_some(),
+    };
+    match bias {
+        Some(bias) => x.apply_op3(&weight, &bias.contiguous()?, op),
+        // In its place stands the input again, which is not read as a bias.
+        None => x.apply_op3(&weight, &x, op),
+    }
+}
+
+fn check(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Spec> {
+    let (Some(&inputs), &[outputs, weight_inputs]) = (x.dims().last(), weight.dims()) else {
+        bail!(
+            "linear expects an input […, in] and a weight [out, in], got {:?} and {:?}",
+            x.dims(),
+            weight.dims()
+        )
+    };
+    if inputs != weight_inputs {
+        bail!(
+            "linear expects an input with {weight_inputs} values in its last dimension for a weight {:?}, got {:?}",
+            weight.dims(),
+            x.dims()
+        )
+    }
+    if !matches!(
+        x.dtype(),
+        DType::F32 | DType::F64 | DType::F16 | DType::BF16
+    ) {
+        bail!(
+            "linear expects an input of dtype F32, F64, F16 or BF16, got {:?}",
+            x.dtype()
+        )
+    }
+    if let Some(bias) = bias {
+        if bias.dims() != [outputs] {
+            bail!(
+                "linear expects a bias of shape [{outputs}] for a weight {:?}, got {:?}",
+                weight.dims(),
+                bias.dims()
+            )
+        }
+    }
+    for (what, t) in [("a weight", Some(weight)), ("a bias", bias)] {
+        let Some(t) = t else { continue };
+        if t.dtype() != x.dtype() {
+            bail!(
+                "linear expects {what} of the input's dtype, {:?}, got {:?}",
+                x.dtype(),
+                t.dtype()
+            )
+        }
+        if !t.device().same_device(x.device()) {
+            bail!(
+                "linear expects {what} on the input's device, {:?}, got {:?}",
+                x.device().location(),
+                t.device().location()
+            )
+        }
+    }
+    Ok(Spec {
+        n: x.dims()[..x.rank() - 1].iter().product(),
+        inputs,
+        outputs,
+    })
+}
