@@ -292,6 +292,26 @@ fn later_changes_of_the_statistics_do_not_reach_the_gradient() -> Result<()> {
     Ok(())
 }
 
+/// The statistics that a caller gets are its own: an in-place op on them must not reach the gradient.
+#[test]
+fn changes_of_the_returned_statistics_do_not_reach_the_gradient() -> Result<()> {
+    for device in devices() {
+        let x = var(&random(1, 12, 0.0), &[4, 3], DType::F32, &device)?;
+        let (y, stats) = batch_norm_train(&x, &BatchNormArgs::new())?;
+        let dy = tensor(&random(2, 12, 0.0), &[4, 3], DType::F32, &device)?;
+        let loss = (y * dy)?.sum_all()?;
+        let before = values(loss.backward()?.get(&x).expect("a gradient"))?;
+        for t in [stats.mean()?, stats.var()?] {
+            t.slice_set(&Tensor::full(7f64, 3, &device)?, 0, 0)?;
+        }
+        assert_eq!(
+            values(loss.backward()?.get(&x).expect("a gradient"))?,
+            before
+        );
+    }
+    Ok(())
+}
+
 /// Without removing the mean: y = x / √(mean(x²) + eps), against candle's own ops and gradients.
 #[test]
 fn the_mean_may_stay() -> Result<()> {

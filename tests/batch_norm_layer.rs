@@ -207,8 +207,8 @@ fn parameters_are_there_as_configured() -> Result<()> {
         ),
     ];
     for device in devices() {
-        for (config, expected) in cases.clone() {
-            let (bn, vars) = layer(3, config.clone(), DType::F32, &device)?;
+        for (config, expected) in cases {
+            let (bn, vars) = layer(3, config, DType::F32, &device)?;
             assert_eq!(names(&vars), expected);
             assert_eq!(bn.weight().is_some(), expected.contains(&"weight"));
             assert_eq!(bn.bias().is_some(), expected.contains(&"bias"));
@@ -502,7 +502,7 @@ fn variables_are_saved_and_loaded_with_the_var_map() -> Result<()> {
         momentum: None,
         ..Default::default()
     };
-    let (bn, vars) = layer(3, config.clone(), DType::F32, &device)?;
+    let (bn, vars) = layer(3, config, DType::F32, &device)?;
     for step in 0..2 {
         bn.forward_t(
             &tensor(&random(step, 30, 2.0), &[10, 3], DType::F32, &device)?,
@@ -528,5 +528,33 @@ fn variables_are_saved_and_loaded_with_the_var_map() -> Result<()> {
         VarBuilder::from_varmap(&theirs, DType::F32, &device),
     )?;
     theirs.clone().load(&path)?;
+    Ok(())
+}
+
+/// A `VarMap` hands out what it holds: statistics in half precision are refused when the layer is built.
+#[test]
+fn statistics_in_half_precision_are_refused_from_a_var_map() -> Result<()> {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F16, &Device::Cpu);
+    vb.get_with_hints(3, "running_mean", candle_nn::Init::Const(0.0))?;
+    assert_error(
+        batch_norm(3, 1e-5, vb),
+        &["running_mean", "F32 or F64", "F16"],
+    );
+    Ok(())
+}
+
+#[test]
+fn channels_in_the_wrong_place_are_pointed_out() -> Result<()> {
+    let (bn, _vars) = layer(3, 1e-5, DType::F32, &Device::Cpu)?;
+    let x = Tensor::zeros((2, 5, 4, 3), DType::F32, &Device::Cpu)?;
+    assert_error(
+        bn.forward_t(&x, true),
+        &["3 channels", "[2, 5, 4, 3]", "permute"],
+    );
+    assert_eq!(
+        bn.forward_t(&x.permute((0, 3, 1, 2))?, true)?.dims(),
+        [2, 3, 5, 4]
+    );
     Ok(())
 }

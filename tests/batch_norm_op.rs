@@ -197,7 +197,7 @@ impl Got {
 }
 
 /// Shapes around a lane, a warp, a block of columns and a thread block, of rank 2 to 5.
-const SHAPES: [&[usize]; 22] = [
+const SHAPES: [&[usize]; 28] = [
     &[2, 1],
     &[2, 3],
     &[31, 33],
@@ -220,6 +220,13 @@ const SHAPES: [&[usize]; 22] = [
     &[2, 3, 2, 3, 4],
     &[4, 70, 1, 1, 1],
     &[2, 3, 2, 1, 3, 2],
+    // Of several parts on the CPU: few channels and many, whole planes and pieces, rows.
+    &[2, 1, 130, 131],
+    &[7, 3, 50, 51],
+    &[3, 17, 3000],
+    &[20, 40, 21, 21],
+    &[1000, 37],
+    &[67, 1100],
 ];
 
 #[test]
@@ -525,6 +532,59 @@ fn vjp_has_the_gradients_of_autograd() -> Result<()> {
                 }
             }
         }
+    }
+    Ok(())
+}
+
+/// Runs itself again with another number of threads, and compares bits.
+#[test]
+fn the_number_of_threads_does_not_matter() -> Result<()> {
+    const CHILD: &str = "BATCH_NORM_PRINTS_BITS";
+    const MARK: &str = "bits of the results: ";
+    let mut bits = vec![];
+    for shape in [
+        &[7, 3, 50, 51][..],
+        &[20, 40, 21, 21],
+        &[1000, 37],
+        &[67, 1100],
+    ] {
+        for options in Options::some() {
+            let case = case(shape, options, DType::F32, 0.5)?;
+            let got = run(&case, DType::F32, DType::F32, &Device::Cpu, |x| {
+                Ok(x.clone())
+            })?;
+            let mut results = vec![values(&got.y)?, got.dx];
+            results.extend(
+                [got.dweight, got.dbias, got.dresidual]
+                    .into_iter()
+                    .flatten(),
+            );
+            bits.extend(results.concat().iter().map(|value| value.to_bits()));
+        }
+    }
+    // FNV-1a
+    let hash = bits.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, bits| {
+        (hash ^ bits).wrapping_mul(0x0100_0000_01b3)
+    });
+    if std::env::var(CHILD).is_ok() {
+        println!("{MARK}{hash:x}");
+        return Ok(());
+    }
+    for threads in ["1", "3"] {
+        let output = std::process::Command::new(std::env::current_exe()?)
+            .args([
+                "--exact",
+                "the_number_of_threads_does_not_matter",
+                "--nocapture",
+            ])
+            .env("RAYON_NUM_THREADS", threads)
+            .env(CHILD, "")
+            .output()?;
+        let output = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            output.contains(&format!("{MARK}{hash:x}")),
+            "{threads} threads: {output}"
+        );
     }
     Ok(())
 }

@@ -223,14 +223,14 @@ fn channels_last(x: &Tensor) -> Result<Tensor> {
 
 fn train(name: &str, config: BatchNormConfig) -> Result<()> {
     for device in devices() {
-        Case::load(name, &device)?.run(config.clone(), true, contiguous)?;
+        Case::load(name, &device)?.run(config, true, contiguous)?;
     }
     Ok(())
 }
 
 fn eval(name: &str, config: BatchNormConfig) -> Result<()> {
     for device in devices() {
-        Case::load(name, &device)?.run(config.clone(), false, contiguous)?;
+        Case::load(name, &device)?.run(config, false, contiguous)?;
     }
     Ok(())
 }
@@ -281,7 +281,7 @@ fn without_running_statistics_evaluation_uses_the_batch_too() -> Result<()> {
         track_running_stats: false,
         ..default()
     };
-    train("no_tracking", config.clone())?;
+    train("no_tracking", config)?;
     eval("no_tracking_eval", config)
 }
 
@@ -331,7 +331,7 @@ fn channels_last_matches() -> Result<()> {
     ];
     for device in devices() {
         for (name, config) in &cases {
-            Case::load(name, &device)?.run(config.clone(), true, channels_last)?;
+            Case::load(name, &device)?.run(*config, true, channels_last)?;
         }
     }
     Ok(())

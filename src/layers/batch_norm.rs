@@ -72,8 +72,14 @@ pub fn batch_norm<C: Into<BatchNormConfig>>(
             DType::F64 => DType::F64,
             _ => DType::F32,
         };
-        let get =
-            |name, init| vb.get_with_hints_dtype(num_features, name, Init::Const(init), dtype);
+        let get = |name, init| -> Result<Tensor> {
+            let t = vb.get_with_hints_dtype(num_features, name, Init::Const(init), dtype)?;
+            // A `VarMap` gives what it holds, whatever the dtype.
+            match t.dtype() {
+                DType::F32 | DType::F64 => Ok(t),
+                held => bail!("batch norm expects a {name} of dtype F32 or F64, got {held:?}"),
+            }
+        };
         let counts = config.momentum.is_none() || vb.contains_tensor("num_batches_tracked");
         let count =
             || vb.get_with_hints_dtype((), "num_batches_tracked", Init::Const(0.0), DType::I64);
@@ -270,7 +276,7 @@ impl BatchNorm {
     pub fn set_freeze(&mut self, freeze: Freeze) -> Result<()> {
         let config = BatchNormConfig {
             freeze,
-            ..self.config.clone()
+            ..self.config
         };
         config.check()?;
         self.config = config;
@@ -298,9 +304,13 @@ impl BatchNorm {
     fn forward_with(&self, x: &Tensor, residual: Option<&Tensor>, train: bool) -> Result<Tensor> {
         if x.rank() >= 2 && x.dims()[1] != self.num_features {
             bail!(
-                "batch norm expects {} channels in dimension 1, got an input of shape {:?}",
+                "batch norm expects {} channels in dimension 1, got an input of shape {:?}{}",
                 self.num_features,
-                x.dims()
+                x.dims(),
+                match x.rank() > 2 && x.dims().last() == Some(&self.num_features) {
+                    true => ": with the channels last, permute it first; no copy is needed",
+                    false => "",
+                }
             )
         }
         let frozen = self.config.freeze == Freeze::StatisticsAndParameters;

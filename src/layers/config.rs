@@ -28,7 +28,7 @@ pub enum Freeze {
 /// assert_eq!(BatchNormConfig::from(1e-3).eps, 1e-3);
 /// assert_eq!(config.affine, true);
 /// ```
-#[derive(Debug, Clone, PartialEq)]
+#[derive(Debug, Clone, Copy, PartialEq)]
 pub struct BatchNormConfig {
     /// Added to the variance under the root. PyTorch: `eps`.
     pub eps: f64,

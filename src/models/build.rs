@@ -91,7 +91,7 @@ impl<'a> Builder<'a> {
         let norm = match &self.config.norm {
             Norm::None => None,
             Norm::Batch(config) => {
-                let mut config = config.clone();
+                let mut config = *config;
                 if before {
                     config.activation = Activation::Relu;
                 }

@@ -31,12 +31,13 @@ impl BatchStats {
 
     /// The mean, F64 `[c]`.
     pub fn mean(&self) -> Result<Tensor> {
-        self.stats.get(0)
+        // A copy: an in-place op on it must not reach what the backward pass reads.
+        self.stats.get(0)?.copy()
     }
 
     /// The biased variance `Σ(x - mean)² / m`, F64 `[c]`.
     pub fn var(&self) -> Result<Tensor> {
-        self.stats.get(1)
+        self.stats.get(1)?.copy()
     }
 
     /// Moves running statistics towards those of this batch, in place:
@@ -69,11 +70,11 @@ impl BatchStats {
         }
         if let Some(running_mean) = running_mean {
             let update = MoveTowards::new(momentum, 1.0);
-            running_mean.inplace_op2(&self.mean()?, &update)?;
+            running_mean.inplace_op2(&self.stats.get(0)?, &update)?;
         }
         let m = self.count as f64;
         let update = MoveTowards::new(momentum, m / (m - 1.0));
-        running_var.inplace_op2(&self.var()?, &update)
+        running_var.inplace_op2(&self.stats.get(1)?, &update)
     }
 
     fn check(&self, running: &Tensor) -> Result<()> {
