@@ -197,7 +197,7 @@ impl Got {
 }
 
 /// Shapes around a lane, a warp, a block of columns and a thread block, of rank 2 to 5.
-const SHAPES: [&[usize]; 28] = [
+const SHAPES: [&[usize]; 30] = [
     &[2, 1],
     &[2, 3],
     &[31, 33],
@@ -227,6 +227,8 @@ const SHAPES: [&[usize]; 28] = [
     &[20, 40, 21, 21],
     &[1000, 37],
     &[67, 1100],
+    &[150, 50, 5, 5],
+    &[5, 2500],
 ];
 
 #[test]
@@ -547,6 +549,7 @@ fn the_number_of_threads_does_not_matter() -> Result<()> {
         &[20, 40, 21, 21],
         &[1000, 37],
         &[67, 1100],
+        &[150, 50, 5, 5],
     ] {
         for options in Options::some() {
             let case = case(shape, options, DType::F32, 0.5)?;

@@ -1,4 +1,5 @@
-//! A matrix `[m, c]`, whose channels are its columns: all of them one group, its parts some rows each.
+//! A tensor `[n, c, s]` with a small `s` as a matrix of `n` rows and `c·s` columns, `s` of them for each
+//! channel: a group is some neighbouring channels, its parts are some rows each.
 
 use std::ops::Range;
 
@@ -12,6 +13,9 @@ use crate::shape::Dims;
 /// Fewer rows in a part would make its sums a burden to store and to merge.
 const FEWEST_ROWS: usize = 64;
 
+/// Columns of a group, about: its rows are long enough to be read in a stream.
+const GROUP: usize = 1024;
+
 /// Columns that are summed side by side.
 const STRIP: usize = 128;
 
@@ -19,27 +23,43 @@ const STRIP: usize = 128;
 const ROWS: usize = 4;
 
 pub(super) struct Columns {
-    m: usize,
-    c: usize,
+    dims: Dims,
+    /// Channels of a group.
+    channels: usize,
     /// Of a part.
     rows: usize,
 }
 
 impl Columns {
     pub fn new(dims: Dims) -> Self {
+        let channels = (GROUP / dims.s).clamp(1, dims.c);
         Self {
-            m: dims.m(),
-            c: dims.c,
-            rows: (PART / dims.c).max(FEWEST_ROWS),
+            dims,
+            channels,
+            rows: (PART / (channels * dims.s)).max(FEWEST_ROWS),
         }
     }
 
-    /// Calls `f` for each strip of columns.
+    /// The columns of a group.
+    fn columns(&self, group: usize) -> Range<usize> {
+        let Range { start, end } = self.channels(group);
+        start * self.dims.s..end * self.dims.s
+    }
+
+    /// The values of a tile and those of the other columns in between: where they begin and end.
+    fn extent(&self, tile: Tile) -> Range<usize> {
+        let (first, stride) = (tile.part * self.rows, self.dims.c * self.dims.s);
+        let columns = self.columns(tile.group);
+        let last = first + self.values(tile.part) - 1;
+        first * stride + columns.start..last * stride + columns.end
+    }
+
+    /// Calls `f` for each strip of a group's columns, counted from the first.
     #[inline(always)]
-    fn strips(&self, mut f: impl FnMut(Range<usize>)) {
-        let mut start = 0;
-        while start < self.c {
-            let end = self.c.min(start + STRIP);
+    fn strips(&self, group: usize, mut f: impl FnMut(Range<usize>)) {
+        let (len, mut start) = (self.columns(group).len(), 0);
+        while start < len {
+            let end = len.min(start + STRIP);
             f(start..end);
             start = end;
         }
@@ -52,25 +72,32 @@ impl Tiling for Columns {
 
     fn division(&self) -> Division {
         Division {
-            groups: 1,
-            parts: self.m.div_ceil(self.rows),
-            values: self.m * self.c,
+            groups: self.dims.c.div_ceil(self.channels),
+            parts: self.dims.n.div_ceil(self.rows),
+            values: self.dims.numel(),
         }
     }
 
-    fn channels(&self, _group: usize) -> Range<usize> {
-        0..self.c
+    fn channels(&self, group: usize) -> Range<usize> {
+        let start = group * self.channels;
+        start..self.dims.c.min(start + self.channels)
     }
 
-    fn row<A: Real>(&self) -> Vec<A> {
-        vec![A::ZERO; self.c]
+    fn repeats(&self) -> usize {
+        self.dims.s
+    }
+
+    fn row<A: Real>(&self, len: usize) -> Vec<A> {
+        vec![A::ZERO; len]
     }
 
     #[inline(always)]
     fn runs(&self, tile: Tile) -> impl Iterator<Item = (Range<usize>, usize)> {
-        let (first, c) = (tile.part * self.rows, self.c);
+        let stride = self.dims.c * self.dims.s;
+        let columns = self.columns(tile.group);
+        let first = tile.part * self.rows;
         let rows = first..first + self.values(tile.part);
-        rows.map(move |row| (row * c..(row + 1) * c, 0))
+        rows.map(move |row| (row * stride + columns.start..row * stride + columns.end, 0))
     }
 
     #[inline(always)]
@@ -88,15 +115,17 @@ impl Summing for Columns {
     type Grads<'a, A: Real + 'a> = GradSlices<'a, A>;
 
     fn values(&self, part: usize) -> usize {
-        (self.m - part * self.rows).min(self.rows)
+        (self.dims.n - part * self.rows).min(self.rows)
     }
 
     #[inline(always)]
     fn moments<T: Element>(&self, x: &[T], tile: Tile, remove_mean: bool) -> Pair<Vec<f64>> {
-        let m = self.values(tile.part) as f64;
-        let x = &x[tile.part * self.rows * self.c..][..self.values(tile.part) * self.c];
-        let (mut means, mut squares) = (self.row(), self.row());
+        let (m, stride) = (self.values(tile.part) as f64, self.dims.c * self.dims.s);
+        let x = &x[self.extent(tile)];
+        let len = self.columns(tile.group).len();
+        let (mut means, mut squares) = (self.row(len), self.row(len));
         self.strips(
+            tile.group,
             #[inline(always)]
             |columns| {
                 let mut mean = [0.0; STRIP];
@@ -107,13 +136,13 @@ impl Summing for Columns {
                         *pivot = x.to_f64();
                     }
                     let mut sum = [0.0; STRIP];
-                    add_rows(&mut sum, x, self.c, &columns, |j, x| x - pivot[j]);
+                    add_rows(&mut sum, x, stride, &columns, |j, x| x - pivot[j]);
                     for ((mean, pivot), sum) in mean.iter_mut().zip(&pivot).zip(&sum) {
                         *mean = pivot + sum / m;
                     }
                 }
                 let mut square = [0.0; STRIP];
-                add_rows(&mut square, x, self.c, &columns, |j, x| {
+                add_rows(&mut square, x, stride, &columns, |j, x| {
                     (x - mean[j]) * (x - mean[j])
                 });
                 means[columns.clone()].copy_from_slice(&mean[..columns.len()]);
@@ -130,18 +159,20 @@ impl Summing for Columns {
         tile: Tile,
         channels: &ChannelRow<Self, T::Real>,
     ) -> Pair<Vec<f64>> {
-        let start = tile.part * self.rows * self.c;
-        let tensors = tensors.part(start..start + self.values(tile.part) * self.c);
-        let (mut gs, mut gxs) = (self.row(), self.row());
+        let stride = self.dims.c * self.dims.s;
+        let tensors = tensors.part(self.extent(tile));
+        let len = self.columns(tile.group).len();
+        let (mut gs, mut gxs) = (self.row(len), self.row(len));
         self.strips(
+            tile.group,
             #[inline(always)]
             |columns| {
-                let mut sums =
-                    StripSums::<T::Real>::new(self.at(channels, 0), &channels.mean, &columns);
+                let channel = self.at(channels, 0);
+                let mut sums = StripSums::<T::Real>::new(channel, &channels.mean, &columns);
                 let mut row = columns.clone();
                 while row.end <= tensors.x.len() {
                     sums.add::<T, M>(&tensors.part(row.clone()));
-                    row = row.start + self.c..row.end + self.c;
+                    row = row.start + stride..row.end + stride;
                 }
                 gs[columns.clone()].copy_from_slice(&sums.g[..columns.len()]);
                 gxs[columns.clone()].copy_from_slice(&sums.gx[..columns.len()]);
@@ -159,27 +190,28 @@ impl Summing for Columns {
     }
 }
 
-/// Adds `f(j, value)` of column `j` of a strip to `sums[j]`, for all rows of `x`.
+/// Adds `f(j, value)` of column `j` of a strip to `sums[j]`, for all rows of `x`, the last of which may
+/// be shorter than the `stride` from row to row.
 #[inline(always)]
 fn add_rows<T: Element>(
     sums: &mut [f64; STRIP],
     x: &[T],
-    c: usize,
+    stride: usize,
     columns: &Range<usize>,
     f: impl Fn(usize, f64) -> f64,
 ) {
     let width = columns.len().min(STRIP);
-    let mut rows = x.chunks_exact(ROWS * c);
-    for rows in &mut rows {
-        let row = |i: usize| &rows[i * c + columns.start..][..width];
-        let rows = [row(0), row(1), row(2), row(3)];
+    let count = (x.len() - columns.end) / stride + 1;
+    let row = |i: usize| &x[i * stride + columns.start..][..width];
+    let in_fours = count - count % ROWS;
+    for i in (0..in_fours).step_by(ROWS) {
+        let rows = [row(i), row(i + 1), row(i + 2), row(i + 3)];
         for j in 0..width {
             let f = |row: usize| f(j, rows[row][j].to_f64());
             sums[j] += (f(0) + f(1)) + (f(2) + f(3));
         }
     }
-    for row in rows.remainder().chunks_exact(c) {
-        let row = &row[columns.start..][..width];
+    for row in (in_fours..count).map(row) {
         for j in 0..width {
             sums[j] += f(j, row[j].to_f64());
         }

@@ -59,13 +59,16 @@ pub(crate) struct Grads<T> {
 /// The output `[n, c, s]`, and the mean and the (biased) variance that were used, `[2, c]`.
 pub(crate) fn forward<T: Element>(job: &Forward<T>) -> (Vec<T>, Vec<f64>) {
     let dims = job.spec.dims;
-    match (&job.given, dims.s) {
-        (None, 1) => passes::forward_training(&Columns::new(dims), job),
-        (None, _) => passes::forward_training(&Planes(dims), job),
-        (Some(given), 1) => passes::forward_given(&Columns::new(dims), job, given),
-        (Some(given), _) => passes::forward_given(&InOrder(dims), job, given),
+    match (&job.given, dims.s < PLANE) {
+        (None, true) => passes::forward_training(&Columns::new(dims), job),
+        (None, false) => passes::forward_training(&Planes(dims), job),
+        (Some(given), true) => passes::forward_given(&Columns::new(dims), job, given),
+        (Some(given), false) => passes::forward_given(&InOrder(dims), job, given),
     }
 }
+
+/// Smaller planes are gone through as columns: loops over so few values have no time to get fast.
+const PLANE: usize = 64;
 
 /// The gradients of [`forward`].
 pub(crate) fn backward<T: Element>(job: &Backward<T>) -> Grads<T> {
@@ -78,7 +81,7 @@ pub(crate) fn backward<T: Element>(job: &Backward<T>) -> Grads<T> {
 
 fn backward_masked<T: Element, M: Mask<T>>(job: &Backward<T>) -> Grads<T> {
     match job.spec.dims {
-        dims if dims.s == 1 => passes::backward::<_, T, M>(&Columns::new(dims), job),
+        dims if dims.s < PLANE => passes::backward::<_, T, M>(&Columns::new(dims), job),
         dims => passes::backward::<_, T, M>(&Planes(dims), job),
     }
 }

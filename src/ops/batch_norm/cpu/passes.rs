@@ -7,21 +7,23 @@ use super::element::{write_y, Channel, ChannelGrad, Channels, Mask, Slice};
 use super::rows::{by_channel, channel_row, copy, grad_row, merge_moments};
 use super::rows::{ChannelRow, GradRow, Pair};
 use super::sweep::{Division, Tile};
-use super::{Backward, Forward, Grads};
+use super::{Backward, Forward, Grads, Params, Spec};
 use crate::ops::output::{Output, Parts};
 use crate::ops::parallel;
 
 /// How the channels of a tensor lie in memory: in groups, and the values of a group in parts.
 pub(super) trait Tiling: Sync + Sized {
-    /// A number for each channel of a group.
+    /// A number for each channel of a group, or [`repeats`](Self::repeats) of them.
     type Row<A: Real>: AsRef<[A]> + AsMut<[A]> + Send + Sync;
     type Channels<'a, A: Real + 'a>: Channels<Channel<A>>
     where
         Self: 'a;
     fn division(&self) -> Division;
     fn channels(&self, group: usize) -> Range<usize>;
-    /// Zeros.
-    fn row<A: Real>(&self) -> Self::Row<A>;
+    /// How often the number of a channel stands in a row.
+    fn repeats(&self) -> usize;
+    /// Zeros, `len` of them.
+    fn row<A: Real>(&self, len: usize) -> Self::Row<A>;
     /// The values of a tile: ranges of the tensor, and what [`at`](Self::at) has to know of each.
     fn runs(&self, tile: Tile) -> impl Iterator<Item = (Range<usize>, usize)>;
     /// What belongs to the values of a run.
@@ -66,20 +68,25 @@ pub(super) fn forward_training<L: Summing, T: Element>(
             vectorised(
                 #[inline(always)]
                 || {
-                    let Pair(mean, var) = merge_moments(tiling, moments);
-                    let channels = tiling.channels(group);
-                    channel_row(tiling, channels, job.spec, &job.params, mean, var)
+                    let moments = merge_moments(tiling, tiling.channels(group), moments);
+                    channel_row(
+                        tiling,
+                        tiling.channels(group),
+                        job.spec,
+                        &job.params,
+                        moments,
+                    )
                 },
             )
         },
         |tile, row| write_tile(tiling, tile, row, job, y_parts),
     );
-    let saved = by_channel(&groups, |row| [row.mean.as_ref(), row.var.as_ref()]);
+    let saved = by_channel(tiling, &groups, |row| [row.mean.as_ref(), row.var.as_ref()]);
     // SAFETY: the runs of all tiles make up the whole tensor.
     (unsafe { y.finish() }, saved)
 }
 
-/// The forward pass with given statistics, for all channels in one group.
+/// The forward pass with given statistics.
 pub(super) fn forward_given<L: Tiling, T: Element>(
     tiling: &L,
     job: &Forward<T>,
@@ -87,19 +94,40 @@ pub(super) fn forward_given<L: Tiling, T: Element>(
 ) -> (Vec<T>, Vec<f64>) {
     let mut y = Output::new(job.spec.dims.numel());
     let y_parts = y.parts();
-    let row = vectorised(
-        #[inline(always)]
-        || {
-            let (mean, var) = (copy(tiling, mean), copy(tiling, var));
-            channel_row(tiling, tiling.channels(0), job.spec, &job.params, mean, var)
-        },
-    );
-    let Division { parts, values, .. } = tiling.division();
-    parallel::for_each(parts, values, |part| {
-        write_tile(tiling, Tile { group: 0, part }, &row, job, y_parts);
+    let Division {
+        groups,
+        parts,
+        values,
+    } = tiling.division();
+    let rows = given_rows(tiling, job.spec, &job.params, mean, var);
+    parallel::for_each(groups * parts, values, |index| {
+        let (group, part) = (index / parts, index % parts);
+        write_tile(tiling, Tile { group, part }, &rows[group], job, y_parts);
     });
     // SAFETY: the runs of all tiles make up the whole tensor.
     (unsafe { y.finish() }, [mean.as_slice(), var].concat())
+}
+
+/// What is done with the values of each group, for known statistics.
+fn given_rows<L: Tiling, A: Real>(
+    tiling: &L,
+    spec: &Spec,
+    params: &Params,
+    mean: &[f64],
+    var: &[f64],
+) -> Vec<ChannelRow<L, A>> {
+    let Division { groups, values, .. } = tiling.division();
+    parallel::map(groups, values, |group| {
+        vectorised(
+            #[inline(always)]
+            || {
+                let channels = tiling.channels(group);
+                let mean = copy(tiling, &mean[channels.clone()]);
+                let var = copy(tiling, &var[channels.clone()]);
+                channel_row(tiling, channels, spec, params, Pair(mean, var))
+            },
+        )
+    })
 }
 
 /// Writes the output of a tile.
@@ -141,15 +169,7 @@ pub(super) fn backward<L: Summing, T: Element, M: Mask<T>>(
     };
     let (means, vars) = job.saved.split_at(spec.dims.c);
     let division = tiling.division();
-    let rows = parallel::map(division.groups, division.values, |group| {
-        let channels = tiling.channels(group);
-        let mean = copy(tiling, &means[channels.clone()]);
-        let var = copy(tiling, &vars[channels.clone()]);
-        vectorised(
-            #[inline(always)]
-            || channel_row(tiling, channels, spec, &job.params, mean, var),
-        )
-    });
+    let rows = given_rows(tiling, spec, &job.params, means, vars);
     let wants_sums = wants.dparams || (wants.dx && spec.training);
     let groups = division.sweep(
         |tile| {
@@ -192,9 +212,11 @@ pub(super) fn backward<L: Summing, T: Element, M: Mask<T>>(
             )
         },
     );
-    let dparams = wants
-        .dparams
-        .then(|| by_channel(&groups, |row| [row.dweight.as_ref(), row.dbias.as_ref()]));
+    let dparams = wants.dparams.then(|| {
+        by_channel(tiling, &groups, |row| {
+            [row.dweight.as_ref(), row.dbias.as_ref()]
+        })
+    });
     // SAFETY: the runs of all tiles make up the whole tensor.
     unsafe {
         Grads {

@@ -28,7 +28,11 @@ impl Tiling for Planes {
         group..group + 1
     }
 
-    fn row<A: Real>(&self) -> [A; 1] {
+    fn repeats(&self) -> usize {
+        1
+    }
+
+    fn row<A: Real>(&self, _len: usize) -> [A; 1] {
         [A::ZERO]
     }
 
@@ -132,8 +136,12 @@ impl Tiling for InOrder {
         0..self.0.c
     }
 
-    fn row<A: Real>(&self) -> Vec<A> {
-        vec![A::ZERO; self.0.c]
+    fn repeats(&self) -> usize {
+        1
+    }
+
+    fn row<A: Real>(&self, len: usize) -> Vec<A> {
+        vec![A::ZERO; len]
     }
 
     #[inline(always)]

@@ -28,36 +28,48 @@ pub(super) struct GradRow<L: Tiling, A: Real> {
     pub slope: L::Row<A>,
 }
 
+/// A row with the numbers of a group's channels.
 pub(super) fn copy<L: Tiling>(tiling: &L, values: &[f64]) -> L::Row<f64> {
-    let mut row = tiling.row();
-    row.as_mut().copy_from_slice(values);
+    let repeats = tiling.repeats();
+    let mut row = tiling.row(values.len() * repeats);
+    for (entries, value) in row.as_mut().chunks_exact_mut(repeats).zip(values) {
+        entries.fill(*value);
+    }
     row
 }
 
 /// `[2, c]` from two rows of every group.
-pub(super) fn by_channel<G>(groups: &[G], rows: fn(&G) -> [&[f64]; 2]) -> Vec<f64> {
-    let rows = |index: usize| groups.iter().map(move |group| rows(group)[index]);
-    let rows: Vec<&[f64]> = rows(0).chain(rows(1)).collect();
-    rows.concat()
+pub(super) fn by_channel<L: Tiling, G>(
+    tiling: &L,
+    groups: &[G],
+    rows: fn(&G) -> [&[f64]; 2],
+) -> Vec<f64> {
+    let row = |index: usize| {
+        let entries = groups.iter().map(move |group| rows(group)[index]);
+        entries.flat_map(|row| row.iter().step_by(tiling.repeats()))
+    };
+    row(0).chain(row(1)).copied().collect()
 }
 
-/// Mean and biased variance of a group from the moments of its parts (Chan et al. 1983,
-/// <https://doi.org/10.1080/00031305.1983.10483115>).
+/// Mean and biased variance of a group from the moments of its parts, and of the columns of each
+/// channel (Chan et al. 1983, <https://doi.org/10.1080/00031305.1983.10483115>).
 #[inline(always)]
 pub(super) fn merge_moments<L: Summing>(
     tiling: &L,
+    channels: Range<usize>,
     parts: &[Pair<L::Row<f64>>],
 ) -> Pair<L::Row<f64>> {
-    let (mut mean, mut var) = (tiling.row::<f64>(), tiling.row::<f64>());
+    let repeats = tiling.repeats();
+    let len = channels.len() * repeats;
+    let (mut mean, mut var) = (tiling.row::<f64>(len), tiling.row::<f64>(len));
     let parts = || parts.iter().enumerate();
     let m = parts().map(|(part, _)| tiling.values(part)).sum::<usize>() as f64;
     let first = parts().next().map(|(_, Pair(mean, _))| mean.as_ref());
     let first = first.unwrap_or(&[]);
     for (part, Pair(part_mean, _)) in parts() {
         let share = tiling.values(part) as f64 / m;
-        for ((mean, part_mean), first) in
-            mean.as_mut().iter_mut().zip(part_mean.as_ref()).zip(first)
-        {
+        let part = part_mean.as_ref().iter().zip(first);
+        for (mean, (part_mean, first)) in mean.as_mut().iter_mut().zip(part) {
             *mean += share * (part_mean - first);
         }
     }
@@ -67,15 +79,26 @@ pub(super) fn merge_moments<L: Summing>(
     for (part, Pair(part_mean, squares)) in parts() {
         let values = tiling.values(part) as f64;
         let part = part_mean.as_ref().iter().zip(squares.as_ref());
-        for ((var, mean), (part_mean, squares)) in
-            var.as_mut().iter_mut().zip(mean.as_ref()).zip(part)
-        {
+        let merged = var.as_mut().iter_mut().zip(mean.as_ref());
+        for ((var, mean), (part_mean, squares)) in merged.zip(part) {
             let distance = part_mean - mean;
             *var += squares + values * distance * distance;
         }
     }
     for var in var.as_mut() {
         *var /= m;
+    }
+    if repeats > 1 {
+        let means = mean.as_mut().chunks_exact_mut(repeats);
+        for (means, vars) in means.zip(var.as_mut().chunks_exact_mut(repeats)) {
+            let first = means[0];
+            let share = 1.0 / repeats as f64;
+            let mean = first + means.iter().map(|mean| mean - first).sum::<f64>() * share;
+            let spread = means.iter().map(|m| (m - mean) * (m - mean)).sum::<f64>();
+            let var = (vars.iter().sum::<f64>() + spread) * share;
+            means.fill(mean);
+            vars.fill(var);
+        }
     }
     Pair(mean, var)
 }
@@ -87,20 +110,21 @@ pub(super) fn channel_row<L: Tiling, A: Real>(
     channels: Range<usize>,
     spec: &Spec,
     params: &Params,
-    mean: L::Row<f64>,
-    var: L::Row<f64>,
+    Pair(mean, var): Pair<L::Row<f64>>,
 ) -> ChannelRow<L, A> {
+    let len = channels.len() * tiling.repeats();
     let mut row = ChannelRow::<L, A> {
         mean,
         var,
-        rstd: tiling.row(),
-        hi: tiling.row(),
-        lo: tiling.row(),
-        scale: tiling.row(),
-        shift: tiling.row(),
+        rstd: tiling.row(len),
+        hi: tiling.row(len),
+        lo: tiling.row(len),
+        scale: tiling.row(len),
+        shift: tiling.row(len),
     };
-    let len = channels.len();
-    let (weight, bias) = (&params.weight[channels.clone()], &params.bias[channels]);
+    let weight = copy(tiling, &params.weight[channels.clone()]);
+    let bias = copy(tiling, &params.bias[channels]);
+    let (weight, bias) = (&weight.as_ref()[..len], &bias.as_ref()[..len]);
     let (mean, var) = (&row.mean.as_ref()[..len], &row.var.as_ref()[..len]);
     let rstd = &mut row.rstd.as_mut()[..len];
     let (hi, lo) = (&mut row.hi.as_mut()[..len], &mut row.lo.as_mut()[..len]);
@@ -126,7 +150,8 @@ pub(super) fn grad_row<L: Tiling, A: Real>(
     m: usize,
     remove_mean: bool,
 ) -> GradRow<L, A> {
-    let (mut sum_g, mut sum_gx) = (tiling.row::<f64>(), tiling.row::<f64>());
+    let len = channels.rstd.as_ref().len();
+    let (mut sum_g, mut sum_gx) = (tiling.row::<f64>(len), tiling.row::<f64>(len));
     for Pair(g, gx) in parts.iter().flatten() {
         let part = g.as_ref().iter().zip(gx.as_ref());
         for ((sum_g, sum_gx), (g, gx)) in sum_g.as_mut().iter_mut().zip(sum_gx.as_mut()).zip(part) {
@@ -134,9 +159,16 @@ pub(super) fn grad_row<L: Tiling, A: Real>(
             *sum_gx += gx;
         }
     }
-    let (mut mean_g, mut slope) = (tiling.row::<A>(), tiling.row::<A>());
-    let (m, rstd) = (m as f64, channels.rstd.as_ref());
-    let len = rstd.len();
+    for sums in [sum_g.as_mut(), sum_gx.as_mut()] {
+        let repeats = tiling.repeats();
+        if repeats > 1 {
+            for sums in sums.chunks_exact_mut(repeats) {
+                sums.fill(sums.iter().sum());
+            }
+        }
+    }
+    let (mut mean_g, mut slope) = (tiling.row::<A>(len), tiling.row::<A>(len));
+    let (m, rstd) = (m as f64, &channels.rstd.as_ref()[..len]);
     let (sums_g, sums_gx) = (&sum_g.as_ref()[..len], &mut sum_gx.as_mut()[..len]);
     let (means_g, slopes) = (&mut mean_g.as_mut()[..len], &mut slope.as_mut()[..len]);
     for j in 0..len {
