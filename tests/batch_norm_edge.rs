@@ -312,6 +312,33 @@ fn changes_of_the_returned_statistics_do_not_reach_the_gradient() -> Result<()> 
     Ok(())
 }
 
+/// The ReLU cuts off what is 0 in the dtype of the output, also where it was a little more before.
+#[test]
+fn the_mask_is_that_of_the_rounded_output() -> Result<()> {
+    for device in devices() {
+        for (dtype, scale) in [(DType::F16, 1e-8), (DType::F16, 1e-3), (DType::BF16, 1e-3)] {
+            let x = tensor(&random(1, 64, 0.0), &[64, 1], dtype, &device)?;
+            let weight = tensor(&[scale], &[1], DType::F32, &device)?;
+            let bias = var(&[0.0], &[1], DType::F32, &device)?;
+            let args = BatchNormArgs {
+                weight: Some(&weight),
+                bias: Some(&bias),
+                activation: Activation::Relu,
+                ..BatchNormArgs::new()
+            };
+            let (y, _) = batch_norm_train(&x, &args)?;
+            let passed = values(&y)?.iter().filter(|&&y| y > 0.0).count();
+            assert_eq!(passed == 0, scale < 2f64.powi(-25));
+            let grads = y.backward()?;
+            assert_eq!(
+                values(grads.get(&bias).expect("a gradient"))?,
+                [passed as f64]
+            );
+        }
+    }
+    Ok(())
+}
+
 /// Without removing the mean: y = x / √(mean(x²) + eps), against candle's own ops and gradients.
 #[test]
 fn the_mean_may_stay() -> Result<()> {
