@@ -2,11 +2,18 @@
 
 mod batch_norm;
 mod conv2d;
+mod cross_entropy;
+mod max_pool2d;
 mod output;
 mod parallel;
+mod relu;
+mod slices;
 
 pub use batch_norm::{
     batch_norm_inference, batch_norm_train, batch_norm_vjp, Activation, BatchNormArgs,
     BatchNormGrads, BatchNormPullback, BatchStats,
 };
 pub use conv2d::conv2d;
+pub use cross_entropy::cross_entropy;
+pub use max_pool2d::max_pool2d;
+pub use relu::relu;
