@@ -2,7 +2,7 @@
 
 mod common;
 
-use candle_batch_norm::ops::max_pool2d;
+use candle_batch_norm::ops::{max_pool2d, relu};
 use candle_core::{DType, Device, Result, Tensor, Var};
 use common::{assert_close, assert_error, devices, random, tensor, values, var};
 
@@ -131,6 +131,18 @@ fn a_nan_is_the_maximum() -> Result<()> {
             }
         }
     }
+    Ok(())
+}
+
+/// The models rely on it, in windows without a positive value too.
+#[test]
+fn before_or_behind_a_relu() -> Result<()> {
+    let x: Vec<f64> = random(7, 480, -0.5).iter().map(|v| v.round()).collect();
+    let x = var(&x, &[2, 3, 8, 10], DType::F32, &Device::Cpu)?;
+    let [before, behind] = [max_pool2d(&relu(&x)?, 2)?, relu(&max_pool2d(&x, 2)?)?];
+    assert_eq!(values(&before)?, values(&behind)?);
+    let dx = |y: Tensor| values((y.sqr()? + &y)?.sum_all()?.backward()?.get(&x).unwrap());
+    assert_eq!(dx(before)?, dx(behind)?);
     Ok(())
 }
 
