@@ -5,8 +5,9 @@ use std::time::Instant;
 
 use anyhow::Result;
 use candle_batch_norm::models::{Architecture, Model};
+use candle_batch_norm::ops::cross_entropy;
 use candle_core::{DType, Device, ModuleT, Tensor};
-use candle_nn::{loss, VarBuilder, VarMap};
+use candle_nn::{VarBuilder, VarMap};
 use indicatif::{ProgressBar, ProgressStyle};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
@@ -147,7 +148,7 @@ fn train_epoch(
         }
         let (x, labels) = data.train.batch(indices, run.input_shape(), &run.device)?;
         let logits = run.model.forward_t(&x, true)?;
-        let loss = loss::cross_entropy(&logits, &labels)?;
+        let loss = cross_entropy(&logits, &labels)?;
         run.sgd.step(&loss.backward()?)?;
         sums.add(&logits, &labels, &loss)?;
         if (step + 1) % STEPS_BETWEEN_READS == 0 || step + 1 == batches.len() {
@@ -167,7 +168,7 @@ fn evaluate(run: &Run, split: &Split) -> Result<(f64, f64)> {
     for indices in indices.chunks(EVAL_BATCH) {
         let (x, labels) = split.batch(indices, run.input_shape(), &run.device)?;
         let logits = run.model.forward_t(&x, false)?;
-        let loss = loss::cross_entropy(&logits, &labels)?;
+        let loss = cross_entropy(&logits, &labels)?;
         sums.add(&logits, &labels, &loss)?;
         sums.read()?;
     }

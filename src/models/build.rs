@@ -54,7 +54,11 @@ impl<'a> Builder<'a> {
             }
             Block::Logits => self.linear(CLASSES)?,
             Block::Pool => {
+                // The maximum of a window, rectified, is that of its rectified values; of windows
+                // there are fewer.
+                let relu = self.layers.pop_if(|layer| matches!(layer, Layer::Relu));
                 self.layers.push(Layer::MaxPool);
+                self.layers.extend(relu);
                 self.shape[1] /= 2;
                 self.shape[2] /= 2;
             }

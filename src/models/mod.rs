@@ -40,6 +40,7 @@ use candle_core::{bail, Module, ModuleT, Result, Tensor};
 use candle_nn::VarBuilder;
 
 use crate::layers::{self, BatchNormConfig, Conv2d};
+use crate::ops::{max_pool2d, relu};
 use build::Builder;
 pub use dropout::{Dropout, DropoutKind};
 
@@ -189,8 +190,8 @@ impl ModuleT for Layer {
             Self::Linear(linear) => linear.forward(x),
             Self::BatchNorm(bn) => bn.forward_t(x, train),
             Self::CandleBatchNorm(bn) => bn.forward_t(x, train),
-            Self::Relu => x.relu(),
-            Self::MaxPool => x.max_pool2d(2),
+            Self::Relu => relu(x),
+            Self::MaxPool => max_pool2d(x, 2),
             Self::Flatten => x.flatten_from(1),
             Self::Dropout(dropout) => dropout.forward_t(x, train),
         }

@@ -2,14 +2,20 @@
 
 mod batch_norm;
 mod conv2d;
-mod host;
+mod cross_entropy;
 mod linear;
+mod max_pool2d;
 mod output;
 mod parallel;
+mod relu;
+mod slices;
 
 pub use batch_norm::{
     batch_norm_inference, batch_norm_train, batch_norm_vjp, Activation, BatchNormArgs,
     BatchNormGrads, BatchNormPullback, BatchStats,
 };
 pub use conv2d::conv2d;
+pub use cross_entropy::cross_entropy;
 pub use linear::linear;
+pub use max_pool2d::max_pool2d;
+pub use relu::relu;

@@ -6,7 +6,9 @@ use candle_core::{bail, CpuStorage, CustomOp3, DType, Layout, Result, Shape, Sto
 
 use super::cpu::{self, Backward, Element, Forward, Grads, Wants};
 use super::Spec;
-use crate::ops::host::values;
+use crate::ops::slices::values;
+
+const NAME: &str = "conv2d";
 
 /// Convolution of its first argument with the second. The third is the bias, if there is one.
 pub(super) struct ConvOp {
@@ -27,7 +29,7 @@ macro_rules! dispatch {
 
 impl CustomOp3 for ConvOp {
     fn name(&self) -> &'static str {
-        "conv2d"
+        NAME
     }
 
     fn cpu_fwd(
@@ -67,10 +69,10 @@ fn forward<T: Element>(op: &ConvOp, args: [(&CpuStorage, &Layout); 3]) -> Result
     let [x, weight, bias] = args;
     let y = cpu::forward(&Forward {
         spec: &op.spec,
-        x: values::<T>(x.0, x.1)?,
-        weight: values::<T>(weight.0, weight.1)?,
+        x: values::<T>(NAME, x.0, x.1)?,
+        weight: values::<T>(NAME, weight.0, weight.1)?,
         bias: match op.has_bias {
-            true => Some(values::<T>(bias.0, bias.1)?),
+            true => Some(values::<T>(NAME, bias.0, bias.1)?),
             false => None,
         },
     });
@@ -84,7 +86,7 @@ fn backward<T: Element>(
 ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
     let guards = tensors.map(Tensor::storage_and_layout);
     let slices = [&guards[0], &guards[1], &guards[2]].map(|(storage, layout)| match &**storage {
-        Storage::Cpu(storage) => values::<T>(storage, layout),
+        Storage::Cpu(storage) => values::<T>(NAME, storage, layout),
         _ => bail!("conv2d expects all of its tensors on the CPU"),
     });
     let [x, weight, dy] = slices;

@@ -8,7 +8,9 @@ use candle_core::{
 
 use super::cpu::{self, Grads, Wants};
 use super::Spec;
-use crate::ops::host::values;
+use crate::ops::slices::values;
+
+const NAME: &str = "linear";
 
 /// The product of its first argument with the second. The third is the bias, if there is one.
 pub(super) struct LinearOp {
@@ -29,7 +31,7 @@ macro_rules! dispatch {
 
 impl CustomOp3 for LinearOp {
     fn name(&self) -> &'static str {
-        "linear"
+        NAME
     }
 
     fn cpu_fwd(
@@ -66,10 +68,10 @@ impl CustomOp3 for LinearOp {
 fn forward<T: WithDType>(op: &LinearOp, args: [(&CpuStorage, &Layout); 3]) -> Result<CpuStorage> {
     let [x, weight, bias] = args;
     let bias = match op.has_bias {
-        true => Some(values::<T>(bias.0, bias.1)?),
+        true => Some(values::<T>(NAME, bias.0, bias.1)?),
         false => None,
     };
-    let (x, weight) = (values(x.0, x.1)?, values(weight.0, weight.1)?);
+    let (x, weight) = (values(NAME, x.0, x.1)?, values(NAME, weight.0, weight.1)?);
     Ok(T::to_cpu_storage_owned(cpu::forward(
         &op.spec, x, weight, bias,
     )))
@@ -82,7 +84,7 @@ fn backward<T: WithDType>(
 ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
     let guards = tensors.map(Tensor::storage_and_layout);
     let slices = [&guards[0], &guards[1], &guards[2]].map(|(storage, layout)| match &**storage {
-        Storage::Cpu(storage) => values::<T>(storage, layout),
+        Storage::Cpu(storage) => values::<T>(NAME, storage, layout),
         _ => bail!("linear expects all of its tensors on the CPU"),
     });
     let [x, weight, dy] = slices;

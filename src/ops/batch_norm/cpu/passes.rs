@@ -10,6 +10,7 @@ use super::sweep::{Division, Tile};
 use super::{Backward, Forward, Grads, Params, Spec};
 use crate::ops::output::{Output, Parts};
 use crate::ops::parallel;
+use crate::ops::slices::vectorised;
 
 /// How the channels of a tensor lie in memory: in groups, and the values of a group in parts.
 pub(super) trait Tiling: Sync + Sized {
@@ -225,10 +226,4 @@ pub(super) fn backward<L: Summing, T: Element, M: Mask<T>>(
             dresidual: dresidual.map(|dresidual| dresidual.finish()),
         }
     }
-}
-
-/// Runs loops with the widest registers that the machine has. `f` has to be inlined into it.
-#[inline(always)]
-fn vectorised<R>(f: impl FnOnce() -> R) -> R {
-    pulp::Arch::new().dispatch(f)
 }

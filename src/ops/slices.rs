@@ -1,0 +1,61 @@
+//! From candle's CPU tensors to slices and back, and loops over them in wide registers.
+
+use candle_core::op::BackpropOp;
+use candle_core::{bail, CpuStorage, Layout, Result, Shape, Storage, Tensor, WithDType};
+
+/// The values of a contiguous tensor, from its offset on.
+pub(super) fn values<'a, T: WithDType>(
+    op: &str,
+    storage: &'a CpuStorage,
+    layout: &Layout,
+) -> Result<&'a [T]> {
+    match layout.contiguous_offsets() {
+        Some((start, end)) => Ok(&T::cpu_storage_as_slice(storage)?[start..end]),
+        None => bail!("{op} expects a contiguous tensor here, got {layout:?}"),
+    }
+}
+
+/// Calls `f` with the values of a contiguous tensor.
+pub(super) fn with_values<T: WithDType, R>(
+    op: &str,
+    tensor: &Tensor,
+    f: impl FnOnce(&[T]) -> Result<R>,
+) -> Result<R> {
+    let (storage, layout) = tensor.storage_and_layout();
+    match &*storage {
+        Storage::Cpu(storage) => f(values(op, storage, layout)?),
+        _ => bail!(
+            "{op} expects all of its tensors on the CPU, got one on {:?}",
+            tensor.device().location()
+        ),
+    }
+}
+
+/// A tensor that autograd knows nothing of.
+pub(super) fn tensor<T: WithDType>(values: Vec<T>, shape: &Shape) -> Tensor {
+    let storage = Storage::Cpu(T::to_cpu_storage_owned(values));
+    Tensor::from_storage(storage, shape, BackpropOp::none(), false)
+}
+
+/// Calls a function that is generic over the dtype of a tensor.
+macro_rules! dispatch {
+    ($op:expr, $dtype:expr, $f:ident($($arg:expr),*)) => {
+        match $dtype {
+            candle_core::DType::F32 => $f::<f32>($($arg),*),
+            candle_core::DType::F64 => $f::<f64>($($arg),*),
+            candle_core::DType::F16 => $f::<half::f16>($($arg),*),
+            candle_core::DType::BF16 => $f::<half::bf16>($($arg),*),
+            dtype => candle_core::bail!(
+                "{} expects a tensor of dtype F32, F64, F16 or BF16, got {dtype:?}",
+                $op
+            ),
+        }
+    };
+}
+pub(super) use dispatch;
+
+/// Runs loops with the widest registers that the machine has. `f` has to be inlined into it.
+#[inline(always)]
+pub(super) fn vectorised<R>(f: impl FnOnce() -> R) -> R {
+    pulp::Arch::new().dispatch(f)
+}
