@@ -21,7 +21,7 @@ import sys
 from pathlib import Path
 
 import report_peers
-from peer_processes import Failure, Worker, environment, kill_all, run, run_measured
+from peer_processes import Failure, NotMeasured, Worker, environment, kill_all, run, run_measured
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
@@ -41,7 +41,7 @@ def arguments():
     add("--rounds", type=int, default=5, help="how often each worker has its turn (default: 5)")
     add("--seconds", type=float, default=0.3, help="of each turn (default: 0.3)")
     add("--dtypes", type=lambda text: text.split(","), default=["f32"], metavar="f32,…", help="also f64, f16, bf16")
-    add("--cases", nargs="+", default=CASES, metavar="N,C,…", help="shapes (default: six)")
+    add("--cases", nargs="+", type=shape, default=CASES, metavar="N,C,…", help="shapes (default: six)")
     add("--compile", action="store_true", help="torch.compile as a further peer, which warms up slowly")
     add("--skip-ops", action="store_true", help="no table of single layers")
     add("--scaling", action="store_true", help="also threads 1, 2, 4 and sizes from 2^12 to 2^26 values")
@@ -66,6 +66,12 @@ def arguments():
 
 def numbers(text):
     return [int(word) for word in text.split(",")]
+
+
+def shape(text):
+    if len(numbers(text)) not in range(2, 6):
+        raise ValueError
+    return text
 
 
 def python_with_torch(venv):
@@ -124,7 +130,7 @@ def times_of(workers, shape, dtype, passes, args, errors):
                 layer = "candle-nn" if peer == "candle-nn" else "ours"
                 try:
                     times[pass_][peer].append(worker.ask(f"{layer} {shape} {dtype} {pass_} {args.seconds}"))
-                except ValueError as error:
+                except NotMeasured as error:
                     broken.add((peer, pass_))
                     errors.append(f"{peer}, [{shape}] {dtype} {pass_}: {error}")
                     print(errors[-1], file=sys.stderr)

@@ -12,10 +12,15 @@ class Failure(Exception):
     """What ends the comparison, in words for its user."""
 
 
+class NotMeasured(Failure):
+    """What a worker cannot do, in its words; the others go on."""
+
+
 def environment(threads, kept=False):
     """`kept`: glibc's allocator never gives memory back, so that PyTorch's tensors are not paged in anew."""
     names = ("RAYON_NUM_THREADS", "CANDLE_NUM_THREADS", "OMP_NUM_THREADS")
-    env = dict(os.environ, **{name: str(threads) for name in names})
+    # A backtrace would make candle's errors more than the one line that an answer is.
+    env = dict(os.environ, RUST_BACKTRACE="0", **{name: str(threads) for name in names})
     if kept:
         # The top pad is the step by which the heap grows; the others are above any tensor's size.
         env.update(MALLOC_TRIM_THRESHOLD_=str(1 << 40), MALLOC_MMAP_THRESHOLD_=str(1 << 40))
@@ -86,15 +91,21 @@ class Worker:
         answer = self.answer(line)
         self.child.send_signal(signal.SIGSTOP)
         if answer.startswith("error"):
-            raise ValueError(answer.removeprefix("error:").strip())
-        return float(answer.split()[0])
+            raise NotMeasured(answer.removeprefix("error:").strip())
+        try:
+            median, _fastest = map(float, answer.split())
+        except ValueError:
+            raise Failure(f"{self.name()}\nanswered {answer!r} to {line!r}") from None
+        return median
+
+    def name(self):
+        return " ".join(map(str, self.child.args))
 
     def answer(self, line="start"):
         answer = self.child.stdout.readline()
         if not answer:
             code = self.child.wait()
-            name = " ".join(map(str, self.child.args))
-            raise Failure(f"{name}\ndied with {code} at {line!r}; its stderr:\n{tail(self.stderr)}")
+            raise Failure(f"{self.name()}\ndied with {code} at {line!r}; its stderr:\n{tail(self.stderr)}")
         return answer.strip()
 
     def kill(self):

@@ -97,8 +97,8 @@ def plot_threads(axes, rows):
     axes.set_yticks(ticks, [f"{tick:g}" for tick in ticks])
     axes.set_xlabel("threads")
     axes.set_ylabel("forward + backward, ms")
-    axes.legend([Line2D([], [], color="black", linestyle=style) for style in ("-", ":")],
-                [f"[{shape}]" for shape in shapes], fontsize=10, loc="upper right")
+    named = [f"[{shape}] {style}" for shape, style in zip(shapes, ("solid", "dotted"))]
+    axes.set_title(f"F32, {', '.join(named)}", fontsize=10, loc="left")
 
 
 def inside(limits, value):
@@ -125,8 +125,7 @@ def plot_scaling(data, out):
     figure, (left, right) = plt.subplots(1, 2, figsize=(9.5, 4.4))
     plot_threads(left, data["scaling"]["threads"])
     plot_sizes(right, data["scaling"]["sizes"])
-    right.set_title(f"F32, {data['settings']['threads'][0]} threads", fontsize=11, loc="left")
-    left.set_title("F32", fontsize=11, loc="left")
+    right.set_title(f"F32, {data['settings']['threads'][0]} threads", fontsize=10, loc="left")
     for axes in (left, right):
         axes.grid(alpha=0.3)
     handles = [Line2D([], [], color=colour, marker=marker) for _, colour, marker in LINES.values()]
