@@ -4,7 +4,7 @@
     python3 scripts/compare_peers.py                      one layer: tables, plots, raw numbers
     python3 scripts/compare_peers.py --scaling            also over threads and sizes
     python3 scripts/compare_peers.py --mnist DIR          also epochs of training, and their memory
-    python3 scripts/compare_peers.py --quick              a minute, to see that all of it works
+    python3 scripts/compare_peers.py --quick              a few minutes at most, to see that all of it works
 
 Needs cargo, and a network the first time, for PyTorch goes into a venv of its own (pip's environment
 variables choose where from; the CPU's build is enough). Close other programs: the figures are times.
