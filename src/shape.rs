@@ -96,17 +96,17 @@ pub(crate) fn check_one_dtype(what: &str, a: &Tensor, b: &Tensor) -> Result<()> 
 }
 
 /// Checks a tensor (`what` names it in errors) that has to look like the input.
-pub(crate) fn check_like(what: &str, residual: &Tensor, x: &Tensor) -> Result<()> {
-    if residual.dims() != x.dims() || residual.dtype() != x.dtype() {
+pub(crate) fn check_like(what: &str, t: &Tensor, x: &Tensor) -> Result<()> {
+    if t.dims() != x.dims() || t.dtype() != x.dtype() {
         bail!(
             "batch norm expects {what} like the input, {:?} {:?}, got {:?} {:?}",
             x.dims(),
             x.dtype(),
-            residual.dims(),
-            residual.dtype()
+            t.dims(),
+            t.dtype()
         )
     }
-    check_device(what, residual, x)
+    check_device(what, t, x)
 }
 
 fn check_device(what: &str, t: &Tensor, x: &Tensor) -> Result<()> {

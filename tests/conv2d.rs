@@ -596,3 +596,22 @@ fn layer_is_candle_nns_on(device: &Device) -> Result<()> {
     }
     Ok(())
 }
+
+/// Sizes beyond what can be counted are kernels that do not fit, not numbers that wrap around.
+#[test]
+fn huge_configurations_get_errors() -> Result<()> {
+    let x = Tensor::zeros((1, 1, 1, 4), DType::F32, &Device::Cpu)?;
+    let weight = Tensor::zeros((1, 1, 1, 2), DType::F32, &Device::Cpu)?;
+    for (padding, dilation) in [(0, usize::MAX), (1 << 63, 1), (0, 4)] {
+        let config = Conv2dConfig {
+            padding,
+            dilation,
+            ..Default::default()
+        };
+        assert_error(
+            conv2d(&x, &weight, None, &config),
+            &["kernel that fits", "1×2"],
+        );
+    }
+    Ok(())
+}

@@ -4,7 +4,7 @@ mod common;
 
 use candle_batch_norm::layers;
 use candle_batch_norm::ops::linear;
-use candle_core::{DType, Device, Module, Result, Tensor};
+use candle_core::{DType, Device, Module, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use common::{assert_close, assert_error, devices, random, rounding, tensor, values, var};
 
@@ -100,7 +100,7 @@ fn leading_dimensions_and_layouts_do_not_matter() -> Result<()> {
 #[test]
 fn only_tracked_arguments_get_gradients_and_twice_the_same() -> Result<()> {
     for device in devices() {
-        let x = tensor(&random(7, 70 * 90, 0.0), &[70, 90], DType::F32, &device)?;
+        let x = tensor(&random(7, 300 * 90, 0.0), &[300, 90], DType::F32, &device)?;
         let weight = var(&random(8, 80 * 90, 0.0), &[80, 90], DType::F32, &device)?;
         let y = linear(&x, &weight, None)?;
         let (first, second) = (y.backward()?, y.backward()?);
@@ -109,7 +109,7 @@ fn only_tracked_arguments_get_gradients_and_twice_the_same() -> Result<()> {
             values(first.get(&weight).unwrap())?,
             values(second.get(&weight).unwrap())?
         );
-        let x = var(&random(7, 70 * 90, 0.0), &[70, 90], DType::F32, &device)?;
+        let x = var(&random(7, 300 * 90, 0.0), &[300, 90], DType::F32, &device)?;
         let grads = linear(&x, &weight.detach(), None)?.backward()?;
         assert!(grads.get(&x).is_some() && grads.get(&weight).is_none());
     }
@@ -125,6 +125,18 @@ fn empty_inputs_are_fine() -> Result<()> {
     // A sum over nothing is 0.
     let y = linear(&zeros(&[2, 0])?, &zeros(&[2, 0])?, Some(&bias))?;
     assert_eq!(y.to_vec2::<f32>()?, [[1.0, 2.0], [1.0, 2.0]]);
+    for [n, inputs, outputs] in [[0, 300, 300], [2, 0, 300], [2, 300, 0]] {
+        let zeros = |shape: &[usize]| Var::zeros(shape, DType::F32, &Device::Cpu);
+        let (x, weight) = (zeros(&[n, inputs])?, zeros(&[outputs, inputs])?);
+        let bias = zeros(&[outputs])?;
+        let grads = linear(&x, &weight, Some(&bias))?.backward()?;
+        for var in [&x, &weight, &bias] {
+            let grad = grads.get(var).expect("a gradient");
+            assert_eq!(grad.dims(), var.dims());
+        }
+        let dbias = values(grads.get(&bias).expect("a gradient"))?;
+        assert!(dbias.iter().all(|&dbias| dbias == n as f64));
+    }
     Ok(())
 }
 

@@ -80,6 +80,13 @@ impl InplaceOp2 for Move {
         let (Some(to), Some(from)) = (l1.contiguous_offsets(), l2.contiguous_offsets()) else {
             bail!("sgd expects contiguous tensors, got {l1:?} and {l2:?}")
         };
+        if l1.shape() != l2.shape() {
+            bail!(
+                "sgd expects two tensors of one shape, got {:?} and {:?}",
+                l1.shape(),
+                l2.shape()
+            )
+        }
         match (s1, s2) {
             (CpuStorage::F32(a), CpuStorage::F32(b)) => {
                 self.run(&mut a[to.0..to.1], &b[from.0..from.1])

@@ -102,22 +102,42 @@ fn restore(run: &mut Run, config: &Config, bytes: &[u8]) -> Result<()> {
     // All is read before anything is changed.
     let vars = sorted(&run.vars)
         .into_iter()
-        .map(|(name, var)| Ok((var, get(format!("model.{name}"))?)))
+        .map(|(name, var)| {
+            let value = get(format!("model.{name}"))?;
+            check_shape(&name, &value, &var)?;
+            Ok((var, value))
+        })
         .collect::<Result<Vec<_>>>()?;
     let velocities = run
         .sgd
         .vars
         .iter()
-        .map(|(name, _)| {
-            let velocity = tensors.get(&format!("velocity.{name}"));
-            velocity.map(|v| v.to_device(&run.device)).transpose()
+        .map(|(name, var)| {
+            let Some(velocity) = tensors.get(&format!("velocity.{name}")) else {
+                return Ok(None);
+            };
+            check_shape(name, velocity, var)?;
+            Ok(Some(velocity.to_device(&run.device)?))
         })
-        .collect::<candle_core::Result<_>>()?;
+        .collect::<Result<_>>()?;
     for (var, value) in vars {
         var.set(&value)?;
     }
     run.sgd.velocities = velocities;
     run.history = history;
+    Ok(())
+}
+
+fn check_shape(name: &str, value: &Tensor, var: &Tensor) -> Result<()> {
+    if value.shape() != var.shape() || value.dtype() != var.dtype() {
+        bail!(
+            "it has {name} as {:?} {:?}, expected {:?} {:?}",
+            value.dtype(),
+            value.shape(),
+            var.dtype(),
+            var.shape()
+        )
+    }
     Ok(())
 }
 

@@ -7,8 +7,8 @@ use crate::ops;
 
 /// Convolution of images `[n, in_channels, h, w]`, with fast gradients on the CPU.
 ///
-/// [`ops::conv2d`] has the formula, dtypes and errors. In everything but the speed the layer is
-/// `candle_nn::Conv2d`, whose configuration it takes and into which it can be turned. PyTorch:
+/// [`ops::conv2d`] has the formula, dtypes and errors. Variables, shapes and getters
+/// are those of `candle_nn::Conv2d`, whose configuration it takes and into which it can be turned. PyTorch:
 /// `torch.nn.Conv2d`.
 #[derive(Debug, Clone)]
 pub struct Conv2d {

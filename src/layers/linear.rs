@@ -7,7 +7,7 @@ use crate::ops;
 
 /// An affine map of the last dimension, with fast gradients on the CPU.
 ///
-/// [`ops::linear`] has the formula, dtypes and errors. In everything but the speed the layer is
+/// [`ops::linear`] has the formula, dtypes and errors. Variables, shapes and getters are those of
 /// `candle_nn::Linear`, into which it can be turned. PyTorch: `torch.nn.Linear`.
 #[derive(Debug, Clone)]
 pub struct Linear {
@@ -38,13 +38,14 @@ pub struct Linear {
 /// # }
 /// ```
 pub fn linear(inputs: usize, outputs: usize, vb: VarBuilder) -> Result<Linear> {
+    let weight = weight(inputs, outputs, &vb)?;
     let bound = 1.0 / (inputs as f64).sqrt();
     let init = Init::Uniform {
         lo: -bound,
         up: bound,
     };
     let bias = vb.get_with_hints(outputs, "bias", init)?;
-    Ok(Linear::new(weight(inputs, outputs, &vb)?, Some(bias)))
+    Ok(Linear::new(weight, Some(bias)))
 }
 
 /// [`linear`] without a bias, for a layer that a normalisation follows.

@@ -16,6 +16,8 @@ pub(crate) fn threads() -> usize {
 }
 
 /// Runs `task` for `0..tasks`, on candle's threads if there are enough `values` in all.
+///
+/// A task must not call this again: the pool would wait for itself.
 pub(crate) fn for_each(tasks: usize, values: usize, task: impl Fn(usize) + Sync) {
     if tasks < 2 || !is_parallel(values) {
         (0..tasks).for_each(task);

@@ -96,12 +96,13 @@ pub struct BatchNormGrads {
 }
 
 impl BatchNormPullback {
-    /// The gradients for the gradient `dy` of the output. May be called again.
+    /// The gradients for the gradient `dy` of the output. May be called again. Input, weight, bias and
+    /// output are read: an in-place op on them in between would reach the gradients.
     ///
     /// # Errors
     /// `dy` of another shape, dtype or device than the output.
     pub fn gradients(&self, dy: &Tensor) -> Result<BatchNormGrads> {
-        check_like("a gradient", dy, &self.y)?;
+        check_like("a gradient of the output", dy, &self.y)?;
         let [x, second, third] = &self.tensors;
         let dy = self.order.into_kernel(&dy.detach())?;
         let wants = Wants {
@@ -130,7 +131,8 @@ impl BatchNormPullback {
             dx: out(dx)?,
             dweight: param(!matches!(self.op.params, Slots::None | Slots::Bias), 0)?,
             dbias: param(!matches!(self.op.params, Slots::None | Slots::Weight), 1)?,
-            dresidual: dresidual.map(out).transpose()?,
+            // Without a ReLU it is `dy` itself, which is the caller's.
+            dresidual: dresidual.map(|t| out(t)?.copy()).transpose()?,
         })
     }
 }

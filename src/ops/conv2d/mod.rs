@@ -65,7 +65,9 @@ impl Spec {
 /// On the CPU this is an op of its own, on all of candle's threads, with the same bits on every run;
 /// only those gradients are computed that somebody asks for. (candle's own gradient of the weights is
 /// a convolution with a kernel as large as the output.) A thread takes whole images, so that a batch
-/// smaller than the number of threads leaves some of them idle. F16 and BF16 are computed in F32 and rounded
+/// smaller than the number of threads leaves some of them idle, and the backward pass keeps at most 16
+/// of them busy. The gradient of the bias is summed in F64, that of the
+/// weight in the dtype over the images of a task. F16 and BF16 are computed in F32 and rounded
 /// once. On other devices it is candle's `conv2d`, for which `config.cudnn_fwd_algo` is.
 ///
 /// `x`, `weight` and `bias: [c_out]` have one dtype, F32, F64, F16 or BF16; layouts that are not
@@ -99,6 +101,8 @@ pub fn conv2d(
     config: &Conv2dConfig,
 ) -> Result<Tensor> {
     let spec = check(x, weight, bias, config)?;
+    // In the op, a copy that is made so would be a constant.
+    let (x, weight) = (&x.contiguous()?, &weight.contiguous()?);
     if !x.device().is_cpu() {
         let y = x.conv2d_with_algo(
             weight,
@@ -122,16 +126,14 @@ pub fn conv2d(
 }
 
 fn apply(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, spec: Spec) -> Result<Tensor> {
-    // In the op, a copy that is made so would be a constant.
-    let (x, weight) = (x.contiguous()?, weight.contiguous()?);
     let op = ConvOp {
         spec,
         has_bias: bias.is_some(),
     };
     match bias {
-        Some(bias) => x.apply_op3(&weight, &bias.contiguous()?, op),
+        Some(bias) => x.apply_op3(weight, &bias.contiguous()?, op),
         // In its place stands the input again, which is not read as a bias.
-        None => x.apply_op3(&weight, &x, op),
+        None => x.apply_op3(weight, x, op),
     }
 }
 
@@ -200,8 +202,10 @@ fn check(
         check_like("a bias", bias, x)?;
     }
     let out = |len: usize, k: usize| {
-        let (len, k) = (len + 2 * padding, dilation * (k - 1) + 1);
-        (len >= k).then(|| (len - k) / stride + 1)
+        // Too large to count is too large to fit.
+        let len = padding.checked_mul(2)?.checked_add(len)?;
+        let k = dilation.checked_mul(k - 1)?.checked_add(1)?;
+        Some(len.checked_sub(k)? / stride + 1)
     };
     let (Some(oh), Some(ow)) = (out(h, kh), out(w, kw)) else {
         bail!(

@@ -87,7 +87,7 @@ fn backward<T: Element>(
     let guards = tensors.map(Tensor::storage_and_layout);
     let slices = [&guards[0], &guards[1], &guards[2]].map(|(storage, layout)| match &**storage {
         Storage::Cpu(storage) => values::<T>(NAME, storage, layout),
-        _ => bail!("conv2d expects all of its tensors on the CPU"),
+        _ => bail!("{NAME} expects input, weight and gradient on the CPU, got one elsewhere"),
     });
     let [x, weight, dy] = slices;
     let Grads { dx, dweight, dbias } = cpu::backward(&Backward {

@@ -72,7 +72,7 @@ pub(super) fn backward<T: WithDType>(
         right: Matrix::new(x, inputs, 1),
     };
     let dbias = |output: usize| -> T {
-        let column = dy[output..].iter().step_by(outputs);
+        let column = dy.iter().skip(output).step_by(outputs);
         T::from_f64(column.map(|dy| dy.to_f64()).sum())
     };
     Grads {
@@ -120,6 +120,11 @@ impl<T: WithDType> Product<'_, T> {
     /// The product, with `bias` added to each row.
     fn compute(&self, bias: Option<&[T]>) -> Vec<T> {
         let (rows, columns) = (self.rows, self.columns);
+        if self.depth == 0 {
+            // A sum over nothing.
+            let zeros = || vec![T::zero(); columns];
+            return bias.map_or_else(zeros, <[T]>::to_vec).repeat(rows);
+        }
         let mut out = Output::new(rows * columns);
         let parts = out.parts();
         let across = columns.div_ceil(BLOCK_COLUMNS);
@@ -157,7 +162,7 @@ impl<T: WithDType> Product<'_, T> {
         assert!(left.holds(rows.end, self.depth) && right.holds(self.depth, columns.end));
         assert!(rows.end <= self.rows && columns.end <= self.columns);
         // SAFETY: rows and columns lie in the matrices, as has been checked, and in `out`, which has
-        // `self.rows` of `self.columns`. `T` is f32 or f64, for which `gemm` is implemented.
+        // `self.rows` of `self.columns`; `gemm` panics for a `T` that it does not know.
         unsafe {
             gemm::gemm(
                 rows.len(),

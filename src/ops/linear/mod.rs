@@ -27,9 +27,10 @@ pub(crate) struct Spec {
 /// ```
 ///
 /// `y` is `[…, out]`. On the CPU the products are those of the crate `gemm` that candle uses too, cut
-/// into blocks for candle's threads; only those gradients are computed that somebody asks for, and
-/// none is transposed or added to zeros on its way, as it is for a product with `weight.t()`. F16 and
-/// BF16 are computed in F32 and rounded once. On other devices it is candle's `matmul`.
+/// into blocks for candle's threads, whatever its features `mkl` and `accelerate`; only those gradients
+/// are computed that somebody asks for, and none is transposed and added to zeros a second time, as it
+/// is for a product with `weight.t()`. F16 and BF16 are computed in F32 and rounded once. On other
+/// devices it is candle's `matmul`.
 ///
 /// `x`, `weight` and `bias: [out]` have one dtype, F32, F64, F16 or BF16; layouts that are not
 /// contiguous are copied first.
@@ -57,7 +58,9 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     let mut shape = x.dims().to_vec();
     shape.pop();
     shape.push(spec.outputs);
-    let flat = x.reshape((spec.n, spec.inputs))?;
+    // In the op, a copy that is made so would be a constant.
+    let flat = x.reshape((spec.n, spec.inputs))?.contiguous()?;
+    let weight = &weight.contiguous()?;
     let y = if !x.device().is_cpu() {
         let y = flat.matmul(&weight.t()?)?;
         match bias {
@@ -75,16 +78,14 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
 }
 
 fn apply(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, spec: Spec) -> Result<Tensor> {
-    // In the op, a copy that is made so would be a constant.
-    let (x, weight) = (x.contiguous()?, weight.contiguous()?);
     let op = LinearOp {
         spec,
         has_bias: bias.is_some(),
     };
     match bias {
-        Some(bias) => x.apply_op3(&weight, &bias.contiguous()?, op),
+        Some(bias) => x.apply_op3(weight, &bias.contiguous()?, op),
         // In its place stands the input again, which is not read as a bias.
-        None => x.apply_op3(&weight, &x, op),
+        None => x.apply_op3(weight, x, op),
     }
 }
 

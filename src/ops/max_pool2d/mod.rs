@@ -25,9 +25,10 @@ const NAME: &str = "max_pool2d";
 /// nothing. The gradient of a window goes to its maximum, to the first of several, and all other
 /// pixels get 0. A NaN counts as the maximum, the last of several, as in PyTorch.
 ///
-/// The CPU has loops of its own, on all of candle's threads; nothing is kept for the gradient but `x`
-/// itself. On other devices the maximum is candle's, which may pass over a NaN, and several maxima
-/// share the gradient. (candle's own gradient is too small: it is divided by `k²`.)
+/// The CPU has loops of its own, plane by plane on all of candle's threads; nothing is kept for the
+/// gradient but `x` itself. On other devices the maximum is candle's, which may pass over a NaN, and
+/// several maxima share the gradient. (candle's own gradient is wrong: each of `t` maxima in a window
+/// gets `t / k²` of it, a single one `1 / k²`.)
 ///
 /// `x` is F32, F64, F16 or BF16; layouts that are not contiguous are copied first.
 ///
@@ -134,6 +135,8 @@ fn composed(planes: &Planes, x: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Tens
         .eq(&y.upsample_nearest2d(h, w)?)?
         .to_dtype(x.dtype())?;
     let count = (is_max.avg_pool2d(kernel)? * (kernel * kernel) as f64)?;
+    // A window with a NaN may have no value that equals its maximum.
+    let count = count.maximum(&count.ones_like()?)?;
     let dx = ((dy / count)?.upsample_nearest2d(h, w)? * is_max)?;
     dx.pad_with_zeros(2, 0, planes.h - h)?
         .pad_with_zeros(3, 0, planes.w - w)

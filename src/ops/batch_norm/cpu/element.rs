@@ -1,4 +1,4 @@
-//! What happens to one value: the only place with the formulas.
+//! What happens to one value: normalised, masked, its gradient.
 
 use std::mem::MaybeUninit;
 use std::ops::Range;

@@ -1,7 +1,7 @@
 //! Batch norm on the CPU: loops over slices, without candle's types.
 //!
-//! [`forward`] and [`backward`] take whole tensors. Both go over a tensor twice, in [`passes`]: sums
-//! of parts of it, merged to what a channel needs, and then every value. How a tensor is divided
+//! [`forward`] and [`backward`] take whole tensors. Both go over a tensor part by part, in
+//! [`passes`]: first for sums, merged to what a channel needs, and then for every value. How a tensor is divided
 //! among threads stands in [`sweep`]; where its channels lie, in [`planes`] and [`columns`]; what is
 //! computed per value, in [`element`].
 

@@ -19,7 +19,7 @@ pub(super) struct Division {
     pub values: usize,
 }
 
-/// Values of a part: few enough for a core's first cache, enough to make the merging cheap.
+/// Values of a part, about: few enough for a core's own caches, enough to make the merging cheap.
 pub(super) const PART: usize = 1 << 13;
 
 /// So many groups for each thread keep all of them busy to the end.

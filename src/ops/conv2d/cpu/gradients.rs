@@ -130,7 +130,7 @@ impl<'a, T: Element> ToWeight<'a, T> {
     }
 
     /// The sum of the tasks, in the order of the weights.
-    pub fn total(&self, sums: &[&Sums<T>]) -> Vec<T> {
+    pub fn total(&self, sums: &[Sums<T>]) -> Vec<T> {
         let Self {
             spec,
             windows,

@@ -30,7 +30,11 @@ impl<T> Kernel<T> {
         let (Some(row), depth) = (max(sweep.rows), max(sweep.depth)) else {
             return;
         };
-        assert!(depth.is_none_or(|depth| row + depth < sweep.x.len()));
+        let end = row.checked_add(depth.unwrap_or(0));
+        assert!(
+            end.is_some_and(|end| end < sweep.x.len()),
+            "offsets beyond the image"
+        );
         assert_eq!(sweep.panel.len(), sweep.depth.len() * self.width);
         assert_eq!(sweep.out.len(), sweep.rows.len() * self.width);
         // SAFETY: `Element::sets` gives only what the CPU can run, and every offset and length
@@ -210,7 +214,7 @@ mod tests {
     }
 
     #[test]
-    #[should_panic]
+    #[should_panic(expected = "offsets beyond the image")]
     fn no_reading_beyond_the_end() {
         let kernel = kernel_for::<f32>(1);
         kernel.run(Sweep {

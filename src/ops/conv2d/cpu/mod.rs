@@ -13,11 +13,9 @@ mod plan;
 mod scratch;
 mod vector;
 
-use std::sync::OnceLock;
-
 use super::Spec;
 use crate::ops::output::Output;
-use crate::ops::parallel::for_each;
+use crate::ops::parallel::{for_each, map};
 use gradients::{Sums, ToInput, ToWeight};
 pub(crate) use kernel::Element;
 use pack::{Lanes, Panels, Pass, ROWS};
@@ -115,8 +113,7 @@ pub(crate) fn backward<T: Element>(job: &Backward<T>) -> Grads<T> {
     let mut dx = wants.dx.then(|| Output::new(spec.n * spec.inputs()));
     let dx_parts = dx.as_mut().map(Output::parts);
     let tasks = spec.n.min(TASKS);
-    let sums: Vec<OnceLock<Sums<T>>> = (0..tasks).map(|_| OnceLock::new()).collect();
-    for_each(tasks, spec.work() / PER_VALUE, |task| {
+    let sums = map(tasks, spec.work() / PER_VALUE, |task| {
         let mut sum = Sums {
             dweight: vec![T::zero(); to_weight.as_ref().map_or(0, ToWeight::sums)],
             dbias: vec![
@@ -143,10 +140,8 @@ pub(crate) fn backward<T: Element>(job: &Backward<T>) -> Grads<T> {
                 to_input.write(dy, dx);
             }
         }
-        // Each task has a place of its own, so that this is never a second value.
-        let _ = sums[task].set(sum);
+        sum
     });
-    let sums: Vec<&Sums<T>> = sums.iter().filter_map(OnceLock::get).collect();
     let dbias = |channel| T::from_f64(sums.iter().map(|sum| sum.dbias[channel]).sum());
     Grads {
         // SAFETY: every image has been written: each pixel is in one phase, in all channels.

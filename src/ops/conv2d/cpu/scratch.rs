@@ -21,7 +21,7 @@ pub(super) fn with_scratch<T: Element, const N: usize, R>(
     f: impl FnOnce([&mut [T]; N]) -> R,
 ) -> R {
     let lines = lens.map(|len| (len * size_of::<T>()).div_ceil(size_of::<Line>()));
-    // Taken out, not borrowed: a task that runs another inside itself gets other memory.
+    // Taken out, not borrowed: a panic in `f` leaves none borrowed.
     let mut buffer = LINES.take();
     buffer.resize(buffer.len().max(lines.iter().sum()), Line([0; 64]));
     let mut rest = &mut buffer[..];
