@@ -21,6 +21,8 @@ def environment(threads, kept=False):
     names = ("RAYON_NUM_THREADS", "CANDLE_NUM_THREADS", "OMP_NUM_THREADS")
     # A backtrace would make candle's errors more than the one line that an answer is.
     env = dict(os.environ, RUST_BACKTRACE="0", **{name: str(threads) for name in names})
+    # As in .cargo/config.toml: this crate and candle-nn allocate with mimalloc, which then keeps its memory.
+    env.update(MIMALLOC_PURGE_DELAY="-1")
     if kept:
         # The top pad is the step by which the heap grows; the others are above any tensor's size.
         env.update(MALLOC_TRIM_THRESHOLD_=str(1 << 40), MALLOC_MMAP_THRESHOLD_=str(1 << 40))

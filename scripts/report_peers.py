@@ -22,7 +22,7 @@ NOTES = """\
   forward and gradients without candle's autograd, the others' are their `all`. `eval`: forward in evaluation.
 - Each time is the median over rounds of a round's median; the peers take turns.
 - PyTorch runs eagerly, with the system's allocator as it comes and (memory kept) with the same allocator kept from
-  giving memory back to the system. This crate and candle-nn run with mimalloc.
+  giving memory back to the system. This crate and candle-nn run with mimalloc, which keeps its memory too.
 - Share: the bandwidth at which ours moves what it has to move at least (fwd and eval 2 passes over the tensor, vjp and
   all 5), of a copy's bandwidth for as many F32 values. Tensors in a cache can be above 100 %.
 """
