@@ -2,6 +2,8 @@
 
 use candle_core::{bail, DType, Device, Result, Tensor};
 
+use crate::ops::slices::check_float;
+
 /// The sizes of `x: [n, c, …]` with everything after the channels folded into `s`.
 ///
 /// The statistics of a channel are taken over `m = n·s` values.
@@ -31,15 +33,7 @@ pub(crate) fn check_input(x: &Tensor) -> Result<Dims> {
             x.dims()
         )
     }
-    if !matches!(
-        x.dtype(),
-        DType::F32 | DType::F64 | DType::F16 | DType::BF16
-    ) {
-        bail!(
-            "batch norm expects an input of dtype F32, F64, F16 or BF16, got {:?}",
-            x.dtype()
-        )
-    }
+    check_float("batch norm", x)?;
     match x.device() {
         Device::Cpu => {}
         Device::Cuda(_) if cfg!(feature = "cuda") => {}

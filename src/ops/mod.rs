@@ -8,7 +8,8 @@ mod max_pool2d;
 mod output;
 mod parallel;
 mod relu;
-mod slices;
+pub(crate) mod slices;
+mod weighted;
 
 pub use batch_norm::{
     batch_norm_inference, batch_norm_train, batch_norm_vjp, Activation, BatchNormArgs,

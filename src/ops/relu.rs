@@ -3,11 +3,11 @@
 use std::mem::MaybeUninit;
 
 use candle_core::backend::BackendStorage;
-use candle_core::{bail, CpuStorage, CustomOp1, DType, Layout, Result, Shape, Tensor, WithDType};
+use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType};
 
 use super::output::Output;
 use super::parallel::for_each;
-use super::slices::{dispatch, tensor, values, vectorised, with_values};
+use super::slices::{check_float, dispatch, tensor, values, vectorised, with_values};
 
 const NAME: &str = "relu";
 
@@ -41,15 +41,7 @@ const NAME: &str = "relu";
 /// # }
 /// ```
 pub fn relu(x: &Tensor) -> Result<Tensor> {
-    if !matches!(
-        x.dtype(),
-        DType::F32 | DType::F64 | DType::F16 | DType::BF16
-    ) {
-        bail!(
-            "{NAME} expects an input of dtype F32, F64, F16 or BF16, got {:?}",
-            x.dtype()
-        )
-    }
+    check_float(NAME, x)?;
     if !x.device().is_cpu() {
         return x.relu();
     }

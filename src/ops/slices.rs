@@ -1,7 +1,7 @@
 //! From candle's CPU tensors to slices and back, and loops over them in wide registers.
 
 use candle_core::op::BackpropOp;
-use candle_core::{bail, CpuStorage, Layout, Result, Shape, Storage, Tensor, WithDType};
+use candle_core::{bail, CpuStorage, DType, Layout, Result, Shape, Storage, Tensor, WithDType};
 
 /// The values of a contiguous tensor, from its offset on.
 pub(super) fn values<'a, T: WithDType>(
@@ -35,6 +35,14 @@ pub(super) fn with_values<T: WithDType, R>(
 pub(super) fn tensor<T: WithDType>(values: Vec<T>, shape: &Shape) -> Tensor {
     let storage = Storage::Cpu(T::to_cpu_storage_owned(values));
     Tensor::from_storage(storage, shape, BackpropOp::none(), false)
+}
+
+/// Checks that an input has a dtype that [`dispatch`] knows.
+pub(crate) fn check_float(op: &str, x: &Tensor) -> Result<()> {
+    match x.dtype() {
+        DType::F32 | DType::F64 | DType::F16 | DType::BF16 => Ok(()),
+        dtype => bail!("{op} expects an input of dtype F32, F64, F16 or BF16, got {dtype:?}"),
+    }
 }
 
 /// Calls a function that is generic over the dtype of a tensor.

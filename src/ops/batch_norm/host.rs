@@ -1,11 +1,11 @@
 //! From candle's CPU storages to slices and back.
 
-use candle_core::op::BackpropOp;
 use candle_core::{bail, CpuStorage, Device, Layout, Result, Storage, Tensor, WithDType};
 
 use super::cpu::{self, Backward, Element, Forward};
 use super::op::{BackwardTensors, BatchNormOp, Operand, Operands, TensorGrads};
-use super::{Spec, Wants};
+use super::{Spec, Wants, NAME};
+use crate::ops::slices::{self, dispatch};
 
 /// A dtype of candle's that the loops can work on.
 trait HostElement: Element + WithDType {}
@@ -18,7 +18,11 @@ pub(super) fn forward(
     given: Option<&(Tensor, Tensor)>,
 ) -> Result<(CpuStorage, Tensor)> {
     use candle_core::backend::BackendStorage;
-    dispatch!(operands.x.0.dtype(), forward_as(spec, operands, given))
+    dispatch!(
+        NAME,
+        operands.x.0.dtype(),
+        forward_as(spec, operands, given)
+    )
 }
 
 fn forward_as<T: HostElement>(
@@ -50,7 +54,7 @@ pub(super) fn backward(
     tensors: &BackwardTensors,
     wants: Wants,
 ) -> Result<TensorGrads> {
-    dispatch!(tensors.dy.dtype(), backward_as(op, tensors, wants))
+    dispatch!(NAME, tensors.dy.dtype(), backward_as(op, tensors, wants))
 }
 
 fn backward_as<T: HostElement>(
@@ -80,10 +84,7 @@ fn backward_as<T: HostElement>(
         saved: values::<f64>(&(cpu_storage(&saved)?, saved_layout.clone()))?,
         wants,
     });
-    let like_x = |values| {
-        let storage = Storage::Cpu(T::to_cpu_storage_owned(values));
-        Tensor::from_storage(storage, args[0].1.shape(), BackpropOp::none(), false)
-    };
+    let like_x = |values| slices::tensor(values, args[0].1.shape());
     let dparams = match grads.dparams {
         None => None,
         Some(values) => {
@@ -119,24 +120,16 @@ fn params(operands: &Operands<CpuStorage>, c: usize) -> Result<cpu::Params> {
 
 /// The values of a contiguous tensor, from its offset on.
 fn values<'a, T: WithDType>((storage, layout): &Operand<'a, CpuStorage>) -> Result<&'a [T]> {
-    Ok(&T::cpu_storage_as_slice(storage)?[offsets(layout)?])
+    slices::values(NAME, storage, layout)
 }
 
 /// One value per channel, from any of the floating-point dtypes.
 fn per_channel((storage, layout): &Operand<CpuStorage>) -> Result<Vec<f64>> {
-    let range = offsets(layout)?;
-    Ok(match storage {
-        CpuStorage::F32(values) => values[range].iter().map(|&v| f64::from(v)).collect(),
-        CpuStorage::F64(values) => values[range].to_vec(),
-        CpuStorage::F16(values) => values[range].iter().map(|v| v.to_f64()).collect(),
-        CpuStorage::BF16(values) => values[range].iter().map(|v| v.to_f64()).collect(),
-        _ => bail!("batch norm expects floating-point values per channel"),
-    })
+    use candle_core::backend::BackendStorage;
+    dispatch!(NAME, storage.dtype(), per_channel_as(storage, layout))
 }
 
-fn offsets(layout: &Layout) -> Result<std::ops::Range<usize>> {
-    match layout.contiguous_offsets() {
-        Some((start, end)) => Ok(start..end),
-        None => bail!("batch norm expects a contiguous tensor here, got {layout:?}"),
-    }
+fn per_channel_as<T: WithDType>(storage: &CpuStorage, layout: &Layout) -> Result<Vec<f64>> {
+    let values = slices::values::<T>(NAME, storage, layout)?;
+    Ok(values.iter().map(|value| value.to_f64()).collect())
 }

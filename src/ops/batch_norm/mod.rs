@@ -1,18 +1,5 @@
 //! Batch norm over dimension 1, fused with what follows it.
 
-/// Calls a function that is generic over the dtype of a tensor.
-macro_rules! dispatch {
-    ($dtype:expr, $f:ident($($arg:expr),*)) => {
-        match $dtype {
-            candle_core::DType::F32 => $f::<f32>($($arg),*),
-            candle_core::DType::F64 => $f::<f64>($($arg),*),
-            candle_core::DType::F16 => $f::<half::f16>($($arg),*),
-            candle_core::DType::BF16 => $f::<half::bf16>($($arg),*),
-            dtype => candle_core::bail!("batch norm has no implementation for {dtype:?}"),
-        }
-    };
-}
-
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -31,6 +18,9 @@ use crate::shape::{check_input, check_like, check_one_dtype, check_per_channel, 
 use op::{BatchNormOp, Slots};
 pub use running::BatchStats;
 pub use vjp::{batch_norm_vjp, BatchNormGrads, BatchNormPullback};
+
+/// For errors.
+const NAME: &str = "batch norm";
 
 /// What is applied to the normalised values, in the same pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]

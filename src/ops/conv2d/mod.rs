@@ -1,12 +1,14 @@
 //! 2D convolution for training.
 
 mod cpu;
-mod op;
 
-use candle_core::{bail, DType, Result, Tensor};
+use candle_core::{bail, Result, Tensor};
 use candle_nn::Conv2dConfig;
 
-use op::ConvOp;
+use super::slices::check_float;
+use super::weighted::{apply, check_like};
+
+const NAME: &str = "conv2d";
 
 /// The sizes of a convolution; channels are those of one group.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -117,24 +119,8 @@ pub fn conv2d(
             Some(bias) => y.broadcast_add(&bias.reshape((1, (), 1, 1))?),
         };
     }
-    if matches!(x.dtype(), DType::F16 | DType::BF16) {
-        let wide = |t: &Tensor| t.to_dtype(DType::F32);
-        let bias = bias.map(wide).transpose()?;
-        return apply(&wide(x)?, &wide(weight)?, bias.as_ref(), spec)?.to_dtype(x.dtype());
-    }
-    apply(x, weight, bias, spec)
-}
-
-fn apply(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, spec: Spec) -> Result<Tensor> {
-    let op = ConvOp {
-        spec,
-        has_bias: bias.is_some(),
-    };
-    match bias {
-        Some(bias) => x.apply_op3(weight, &bias.contiguous()?, op),
-        // In its place stands the input again, which is not read as a bias.
-        None => x.apply_op3(weight, x, op),
-    }
+    let shape = (spec.n, spec.groups * spec.c_out, spec.oh, spec.ow);
+    apply(NAME, spec, shape, x, weight, bias)
 }
 
 fn check(
@@ -150,15 +136,7 @@ fn check(
             weight.dims()
         )
     };
-    if !matches!(
-        x.dtype(),
-        DType::F32 | DType::F64 | DType::F16 | DType::BF16
-    ) {
-        bail!(
-            "conv2d expects an input of dtype F32, F64, F16 or BF16, got {:?}",
-            x.dtype()
-        )
-    }
+    check_float(NAME, x)?;
     let Conv2dConfig {
         padding,
         stride,
@@ -190,7 +168,7 @@ fn check(
             weight.dims()
         )
     }
-    check_like("a weight", weight, x)?;
+    check_like(NAME, "a weight", weight, x)?;
     if let Some(bias) = bias {
         if bias.dims() != [c_out] {
             bail!(
@@ -199,7 +177,7 @@ fn check(
                 bias.dims()
             )
         }
-        check_like("a bias", bias, x)?;
+        check_like(NAME, "a bias", bias, x)?;
     }
     let out = |len: usize, k: usize| {
         // Too large to count is too large to fit.
@@ -227,23 +205,4 @@ fn check(
         stride,
         dilation,
     })
-}
-
-/// Checks dtype and device of a parameter (`what` names it in errors) against the input.
-fn check_like(what: &str, t: &Tensor, x: &Tensor) -> Result<()> {
-    if t.dtype() != x.dtype() {
-        bail!(
-            "conv2d expects {what} of the input's dtype, {:?}, got {:?}",
-            x.dtype(),
-            t.dtype()
-        )
-    }
-    if !t.device().same_device(x.device()) {
-        bail!(
-            "conv2d expects {what} on the input's device, {:?}, got {:?}",
-            x.device().location(),
-            t.device().location()
-        )
-    }
-    Ok(())
 }

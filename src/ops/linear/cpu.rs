@@ -8,21 +8,7 @@ use gemm::Parallelism;
 use super::Spec;
 use crate::ops::output::{Output, Parts};
 use crate::ops::parallel::{for_each, map};
-
-/// Which gradients somebody asked for.
-#[derive(Debug, Clone, Copy)]
-pub(super) struct Wants {
-    pub dx: bool,
-    pub dweight: bool,
-    pub dbias: bool,
-}
-
-/// The gradients that were asked for.
-pub(super) struct Grads<T> {
-    pub dx: Option<Vec<T>>,
-    pub dweight: Option<Vec<T>>,
-    pub dbias: Option<Vec<T>>,
-}
+use crate::ops::weighted::{Grads, Wants, Weighted};
 
 /// So many multiplications take as long as a value in a plain loop.
 const PER_VALUE: usize = 16;
@@ -31,54 +17,45 @@ const PER_VALUE: usize = 16;
 const BLOCK_ROWS: usize = 256;
 const BLOCK_COLUMNS: usize = 64;
 
-/// `y`, `[n, outputs]`.
-pub(super) fn forward<T: WithDType>(
-    spec: &Spec,
-    x: &[T],
-    weight: &[T],
-    bias: Option<&[T]>,
-) -> Vec<T> {
-    let product = Product {
-        rows: spec.n,
-        columns: spec.outputs,
-        depth: spec.inputs,
-        left: Matrix::new(x, spec.inputs, 1),
-        right: Matrix::new(weight, 1, spec.inputs),
-    };
-    product.compute(bias)
-}
+impl<T: WithDType> Weighted<T> for Spec {
+    /// `y`, `[n, outputs]`.
+    fn forward(&self, x: &[T], weight: &[T], bias: Option<&[T]>) -> Vec<T> {
+        let product = Product {
+            rows: self.n,
+            columns: self.outputs,
+            depth: self.inputs,
+            left: Matrix::new(x, self.inputs, 1),
+            right: Matrix::new(weight, 1, self.inputs),
+        };
+        product.compute(bias)
+    }
 
-/// The gradients for `dy`, `[n, outputs]`.
-pub(super) fn backward<T: WithDType>(
-    spec: &Spec,
-    x: &[T],
-    weight: &[T],
-    dy: &[T],
-    wants: Wants,
-) -> Grads<T> {
-    let Spec { n, inputs, outputs } = *spec;
-    let dx = Product {
-        rows: n,
-        columns: inputs,
-        depth: outputs,
-        left: Matrix::new(dy, outputs, 1),
-        right: Matrix::new(weight, inputs, 1),
-    };
-    let dweight = Product {
-        rows: outputs,
-        columns: inputs,
-        depth: n,
-        left: Matrix::new(dy, 1, outputs),
-        right: Matrix::new(x, inputs, 1),
-    };
-    let dbias = |output: usize| -> T {
-        let column = dy.iter().skip(output).step_by(outputs);
-        T::from_f64(column.map(|dy| dy.to_f64()).sum())
-    };
-    Grads {
-        dx: wants.dx.then(|| dx.compute(None)),
-        dweight: wants.dweight.then(|| dweight.compute(None)),
-        dbias: wants.dbias.then(|| map(outputs, n * outputs, dbias)),
+    /// The gradients for `dy`, `[n, outputs]`.
+    fn backward(&self, x: &[T], weight: &[T], dy: &[T], wants: Wants) -> Grads<T> {
+        let Spec { n, inputs, outputs } = *self;
+        let dx = Product {
+            rows: n,
+            columns: inputs,
+            depth: outputs,
+            left: Matrix::new(dy, outputs, 1),
+            right: Matrix::new(weight, inputs, 1),
+        };
+        let dweight = Product {
+            rows: outputs,
+            columns: inputs,
+            depth: n,
+            left: Matrix::new(dy, 1, outputs),
+            right: Matrix::new(x, inputs, 1),
+        };
+        let dbias = |output: usize| -> T {
+            let column = dy.iter().skip(output).step_by(outputs);
+            T::from_f64(column.map(|dy| dy.to_f64()).sum())
+        };
+        Grads {
+            dx: wants.dx.then(|| dx.compute(None)),
+            dweight: wants.dweight.then(|| dweight.compute(None)),
+            dbias: wants.dbias.then(|| map(outputs, n * outputs, dbias)),
+        }
     }
 }
 

@@ -1,11 +1,13 @@
 //! The linear layer's product, for training.
 
 mod cpu;
-mod op;
 
-use candle_core::{bail, DType, Result, Tensor};
+use candle_core::{bail, Result, Tensor};
 
-use op::LinearOp;
+use super::slices::check_float;
+use super::weighted::{apply, check_like};
+
+const NAME: &str = "linear";
 
 /// The sizes of a product.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -67,26 +69,10 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
             None => y,
             Some(bias) => y.broadcast_add(bias)?,
         }
-    } else if matches!(x.dtype(), DType::F16 | DType::BF16) {
-        let wide = |t: &Tensor| t.to_dtype(DType::F32);
-        let bias = bias.map(wide).transpose()?;
-        apply(&wide(&flat)?, &wide(weight)?, bias.as_ref(), spec)?.to_dtype(x.dtype())?
     } else {
-        apply(&flat, weight, bias, spec)?
+        apply(NAME, spec, (spec.n, spec.outputs), &flat, weight, bias)?
     };
     y.reshape(shape)
-}
-
-fn apply(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>, spec: Spec) -> Result<Tensor> {
-    let op = LinearOp {
-        spec,
-        has_bias: bias.is_some(),
-    };
-    match bias {
-        Some(bias) => x.apply_op3(weight, &bias.contiguous()?, op),
-        // In its place stands the input again, which is not read as a bias.
-        None => x.apply_op3(weight, x, op),
-    }
 }
 
 fn check(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Spec> {
@@ -104,15 +90,7 @@ fn check(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Spec> {
             x.dims()
         )
     }
-    if !matches!(
-        x.dtype(),
-        DType::F32 | DType::F64 | DType::F16 | DType::BF16
-    ) {
-        bail!(
-            "linear expects an input of dtype F32, F64, F16 or BF16, got {:?}",
-            x.dtype()
-        )
-    }
+    check_float(NAME, x)?;
     if let Some(bias) = bias {
         if bias.dims() != [outputs] {
             bail!(
@@ -122,22 +100,9 @@ fn check(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Spec> {
             )
         }
     }
-    for (what, t) in [("a weight", Some(weight)), ("a bias", bias)] {
-        let Some(t) = t else { continue };
-        if t.dtype() != x.dtype() {
-            bail!(
-                "linear expects {what} of the input's dtype, {:?}, got {:?}",
-                x.dtype(),
-                t.dtype()
-            )
-        }
-        if !t.device().same_device(x.device()) {
-            bail!(
-                "linear expects {what} on the input's device, {:?}, got {:?}",
-                x.device().location(),
-                t.device().location()
-            )
-        }
+    check_like(NAME, "a weight", weight, x)?;
+    if let Some(bias) = bias {
+        check_like(NAME, "a bias", bias, x)?;
     }
     Ok(Spec {
         n: x.dims()[..x.rank() - 1].iter().product(),

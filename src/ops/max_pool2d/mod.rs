@@ -4,11 +4,11 @@ mod cpu;
 
 use candle_core::backend::BackendStorage;
 use candle_core::{
-    bail, CpuStorage, CudaStorage, CustomOp1, DType, Layout, MetalStorage, Result, Shape, Tensor,
+    bail, CpuStorage, CudaStorage, CustomOp1, Layout, MetalStorage, Result, Shape, Tensor,
     WithDType,
 };
 
-use super::slices::{dispatch, tensor, values, with_values};
+use super::slices::{check_float, dispatch, tensor, values, with_values};
 use cpu::Planes;
 
 const NAME: &str = "max_pool2d";
@@ -52,15 +52,7 @@ pub fn max_pool2d(x: &Tensor, kernel: usize) -> Result<Tensor> {
     let &[n, c, h, w] = x.dims() else {
         bail!("{NAME} expects an input [n, c, h, w], got {:?}", x.dims())
     };
-    if !matches!(
-        x.dtype(),
-        DType::F32 | DType::F64 | DType::F16 | DType::BF16
-    ) {
-        bail!(
-            "{NAME} expects an input of dtype F32, F64, F16 or BF16, got {:?}",
-            x.dtype()
-        )
-    }
+    check_float(NAME, x)?;
     if kernel == 0 || kernel > h || kernel > w {
         bail!("{NAME} expects a kernel from 1 to the height and the width of the input {:?}, got {kernel}", x.dims())
     }

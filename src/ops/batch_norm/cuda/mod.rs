@@ -10,7 +10,8 @@ use cudarc::driver::{CudaFunction, CudaSlice, DeviceRepr, LaunchConfig, PushKern
 use super::division::{Division, THREADS};
 use super::op::{BackwardTensors, BatchNormOp, Operands, TensorGrads};
 use super::running::MoveTowards;
-use super::{Activation, Spec, Wants};
+use super::{Activation, Spec, Wants, NAME};
+use crate::ops::slices::dispatch;
 use crate::shape::Dims;
 use args::{push_mut, push_storage, push_view, view, PerChannel};
 
@@ -131,7 +132,11 @@ pub(super) fn forward(
     operands: &Operands<CudaStorage>,
     given: Option<&(Tensor, Tensor)>,
 ) -> Result<(CudaStorage, Tensor)> {
-    dispatch!(operands.x.0.dtype(), forward_as(spec, operands, given))
+    dispatch!(
+        NAME,
+        operands.x.0.dtype(),
+        forward_as(spec, operands, given)
+    )
 }
 
 fn forward_as<T: Kernel>(
@@ -204,7 +209,7 @@ pub(super) fn backward(
     tensors: &BackwardTensors,
     wants: Wants,
 ) -> Result<TensorGrads> {
-    dispatch!(tensors.dy.dtype(), backward_as(op, tensors, wants))
+    dispatch!(NAME, tensors.dy.dtype(), backward_as(op, tensors, wants))
 }
 
 fn backward_as<T: Kernel>(

@@ -16,14 +16,15 @@ mod vector;
 use super::Spec;
 use crate::ops::output::Output;
 use crate::ops::parallel::{for_each, map};
+use crate::ops::weighted::{Grads, Wants, Weighted};
 use gradients::{Sums, ToInput, ToWeight};
-pub(crate) use kernel::Element;
+use kernel::Element;
 use pack::{Lanes, Panels, Pass, ROWS};
 use plan::Windows;
 use scratch::with_scratch;
 
 /// Input of [`forward`]. All tensors are contiguous.
-pub(crate) struct Forward<'a, T> {
+struct Forward<'a, T> {
     pub spec: &'a Spec,
     pub x: &'a [T],
     pub weight: &'a [T],
@@ -31,7 +32,7 @@ pub(crate) struct Forward<'a, T> {
 }
 
 /// Input of [`backward`]. All tensors are contiguous.
-pub(crate) struct Backward<'a, T> {
+struct Backward<'a, T> {
     pub spec: &'a Spec,
     pub x: &'a [T],
     pub weight: &'a [T],
@@ -39,23 +40,29 @@ pub(crate) struct Backward<'a, T> {
     pub wants: Wants,
 }
 
-/// Which gradients somebody asked for.
-#[derive(Debug, Clone, Copy)]
-pub(crate) struct Wants {
-    pub dx: bool,
-    pub dweight: bool,
-    pub dbias: bool,
-}
+impl<T: Element> Weighted<T> for Spec {
+    fn forward(&self, x: &[T], weight: &[T], bias: Option<&[T]>) -> Vec<T> {
+        forward(&Forward {
+            spec: self,
+            x,
+            weight,
+            bias,
+        })
+    }
 
-/// The gradients that were asked for.
-pub(crate) struct Grads<T> {
-    pub dx: Option<Vec<T>>,
-    pub dweight: Option<Vec<T>>,
-    pub dbias: Option<Vec<T>>,
+    fn backward(&self, x: &[T], weight: &[T], dy: &[T], wants: Wants) -> Grads<T> {
+        backward(&Backward {
+            spec: self,
+            x,
+            weight,
+            dy,
+            wants,
+        })
+    }
 }
 
 /// The output `[n, c_out, oh, ow]`.
-pub(crate) fn forward<T: Element>(job: &Forward<T>) -> Vec<T> {
+fn forward<T: Element>(job: &Forward<T>) -> Vec<T> {
     let spec = job.spec;
     let windows = Windows::new(spec);
     let taps = windows.taps.len();
@@ -106,7 +113,7 @@ const PER_VALUE: usize = 16;
 const TASKS: usize = 16;
 
 /// The gradients of [`forward`].
-pub(crate) fn backward<T: Element>(job: &Backward<T>) -> Grads<T> {
+fn backward<T: Element>(job: &Backward<T>) -> Grads<T> {
     let (spec, wants) = (job.spec, job.wants);
     let to_input = wants.dx.then(|| ToInput::new(job));
     let to_weight = wants.dweight.then(|| ToWeight::new(job));
