@@ -1,6 +1,7 @@
 //! The maximum over windows of images.
 
 mod cpu;
+pub(crate) mod windows;
 
 use candle_core::backend::BackendStorage;
 use candle_core::{
@@ -9,7 +10,7 @@ use candle_core::{
 };
 
 use super::slices::{check_float, dispatch, tensor, values, with_values};
-use cpu::Planes;
+use windows::Windows;
 
 const NAME: &str = "max_pool2d";
 
@@ -49,23 +50,38 @@ const NAME: &str = "max_pool2d";
 /// # }
 /// ```
 pub fn max_pool2d(x: &Tensor, kernel: usize) -> Result<Tensor> {
-    let &[n, c, h, w] = x.dims() else {
-        bail!("{NAME} expects an input [n, c, h, w], got {:?}", x.dims())
-    };
     check_float(NAME, x)?;
-    if kernel == 0 || kernel > h || kernel > w {
-        bail!("{NAME} expects a kernel from 1 to the height and the width of the input {:?}, got {kernel}", x.dims())
-    }
+    let windows = check_windows(NAME, x, kernel)?;
     // In the op, a copy that is made so would be a constant.
-    x.contiguous()?.apply_op1(MaxPool(Planes {
-        count: n * c,
-        h,
-        w,
-        kernel,
-    }))
+    x.contiguous()?.apply_op1(MaxPool(windows))
 }
 
-struct MaxPool(Planes);
+/// The windows on the images `x`, for the op of this name.
+pub(crate) fn check_windows(op: &str, x: &Tensor, kernel: usize) -> Result<Windows> {
+    let &[_, _, h, w] = x.dims() else {
+        bail!("{op} expects an input [n, c, h, w], got {:?}", x.dims())
+    };
+    if kernel == 0 || kernel > h || kernel > w {
+        bail!("{op} expects a kernel from 1 to the height and the width of the input {:?}, got {kernel}", x.dims())
+    }
+    Ok(Windows { h, w, kernel })
+}
+
+/// The gradient of [`max_pool2d`], from its input, its output and the output's gradient.
+pub(crate) fn max_pool2d_gradient(
+    windows: &Windows,
+    x: &Tensor,
+    y: &Tensor,
+    dy: &Tensor,
+) -> Result<Tensor> {
+    let (x, y, dy) = (x.detach(), y.detach(), dy.detach().contiguous()?);
+    if !x.device().is_cpu() {
+        return composed(windows, &x, &y, &dy);
+    }
+    dispatch!(NAME, x.dtype(), backward(windows, &x, &dy))
+}
+
+struct MaxPool(Windows);
 
 impl MaxPool {
     fn shape(&self, layout: &Layout) -> Result<Shape> {
@@ -98,30 +114,30 @@ impl CustomOp1 for MaxPool {
     }
 
     fn bwd(&self, x: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let (x, y, dy) = (x.detach(), y.detach(), dy.detach().contiguous()?);
-        if !x.device().is_cpu() {
-            return composed(&self.0, &x, &y, &dy).map(Some);
-        }
-        dispatch!(NAME, x.dtype(), backward(&self.0, &x, &dy)).map(Some)
+        max_pool2d_gradient(&self.0, x, y, dy).map(Some)
     }
 }
 
-fn forward<T: WithDType>(planes: &Planes, x: &CpuStorage, layout: &Layout) -> Result<CpuStorage> {
-    let y = cpu::forward::<T>(planes, values(NAME, x, layout)?);
+fn forward<T: WithDType + Default>(
+    windows: &Windows,
+    x: &CpuStorage,
+    layout: &Layout,
+) -> Result<CpuStorage> {
+    let y = cpu::forward::<T>(windows, values(NAME, x, layout)?);
     Ok(T::to_cpu_storage_owned(y))
 }
 
-fn backward<T: WithDType>(planes: &Planes, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+fn backward<T: WithDType + Default>(windows: &Windows, x: &Tensor, dy: &Tensor) -> Result<Tensor> {
     let dx = with_values(NAME, x, |values| {
-        with_values(NAME, dy, |dy| Ok(cpu::backward::<T>(planes, values, dy)))
+        with_values(NAME, dy, |dy| Ok(cpu::backward::<T>(windows, values, dy)))
     })?;
     Ok(tensor(dx, x.shape()))
 }
 
 /// The gradient by candle's ops: several maxima share that of their window.
-fn composed(planes: &Planes, x: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Tensor> {
-    let kernel = planes.kernel;
-    let (h, w) = (planes.oh() * kernel, planes.ow() * kernel);
+fn composed(windows: &Windows, x: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Tensor> {
+    let kernel = windows.kernel;
+    let (h, w) = (windows.oh() * kernel, windows.ow() * kernel);
     let whole = x.narrow(2, 0, h)?.narrow(3, 0, w)?;
     let is_max = whole
         .eq(&y.upsample_nearest2d(h, w)?)?
@@ -130,8 +146,8 @@ fn composed(planes: &Planes, x: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Tens
     // A window with a NaN may have no value that equals its maximum.
     let count = count.maximum(&count.ones_like()?)?;
     let dx = ((dy / count)?.upsample_nearest2d(h, w)? * is_max)?;
-    dx.pad_with_zeros(2, 0, planes.h - h)?
-        .pad_with_zeros(3, 0, planes.w - w)
+    dx.pad_with_zeros(2, 0, windows.h - h)?
+        .pad_with_zeros(3, 0, windows.w - w)
 }
 
 #[cfg(test)]
@@ -150,13 +166,12 @@ mod tests {
         ];
         let x = Tensor::new(&x, device)?.reshape((1, 1, 3, 5))?;
         let dy = Tensor::new(&[[[[5f32, 6.0]]]], device)?;
-        let planes = Planes {
-            count: 1,
+        let windows = Windows {
             h: 3,
             w: 5,
             kernel: 2,
         };
-        let dx = composed(&planes, &x, &x.max_pool2d(2)?, &dy)?;
+        let dx = composed(&windows, &x, &x.max_pool2d(2)?, &dy)?;
         let expected = [
             [0f32, 5.0, 2.0, 2.0, 0.0],
             [0.0, 0.0, 2.0, 0.0, 0.0],
