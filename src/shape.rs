@@ -89,11 +89,11 @@ pub(crate) fn check_one_dtype(what: &str, a: &Tensor, b: &Tensor) -> Result<()> 
     Ok(())
 }
 
-/// Checks a tensor (`what` names it in errors) that has to look like the input.
-pub(crate) fn check_like(what: &str, t: &Tensor, x: &Tensor) -> Result<()> {
+/// Checks a tensor that has to look like `x` (`what` and `like` name the two in errors).
+pub(crate) fn check_like(what: &str, t: &Tensor, like: &str, x: &Tensor) -> Result<()> {
     if t.dims() != x.dims() || t.dtype() != x.dtype() {
         bail!(
-            "batch norm expects {what} like the input, {:?} {:?}, got {:?} {:?}",
+            "batch norm expects {what} like {like}, {:?} {:?}, got {:?} {:?}",
             x.dims(),
             x.dtype(),
             t.dims(),

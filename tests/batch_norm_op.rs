@@ -101,6 +101,7 @@ fn run(
             true => Activation::Relu,
             false => Activation::Identity,
         },
+        max_pool: None,
         eps: case.eps,
         remove_mean: true,
     };

@@ -283,6 +283,13 @@ impl BatchNorm {
         Ok(())
     }
 
+    /// The layer with the maximum over windows of `kernel`×`kernel` pixels behind it, in the same
+    /// pass: as [`BatchNormConfig::max_pool`].
+    pub fn with_max_pool(mut self, kernel: usize) -> Self {
+        self.config.max_pool = Some(kernel);
+        self
+    }
+
     /// Training: normalises with the statistics of the batch and moves the running ones.
     ///
     /// # Errors
@@ -324,6 +331,7 @@ impl BatchNorm {
             bias: bias.as_ref(),
             residual,
             activation: self.config.activation,
+            max_pool: self.config.max_pool,
             eps: self.config.eps,
             remove_mean: self.config.remove_mean,
         };

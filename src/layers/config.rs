@@ -51,6 +51,9 @@ pub struct BatchNormConfig {
     pub track_running_stats: bool,
     /// Applied to the output in the same pass.
     pub activation: Activation,
+    /// Takes the maximum over windows of so many pixels in each direction, after the activation, as
+    /// [`max_pool2d`](crate::ops::max_pool2d) does: on the CPU in the same pass.
+    pub max_pool: Option<usize>,
     /// What stays as it is in training.
     pub freeze: Freeze,
 }
@@ -66,6 +69,7 @@ impl Default for BatchNormConfig {
             momentum: Some(0.1),
             track_running_stats: true,
             activation: Activation::Identity,
+            max_pool: None,
             freeze: Freeze::Nothing,
         }
     }

@@ -31,7 +31,7 @@ impl TryFrom<&candle_nn::BatchNorm> for BatchNorm {
 ///
 /// # Errors
 /// What candle-nn's layer cannot express: no running statistics, a momentum of `None`, a fused
-/// activation, an input whose mean is not removed, freezing.
+/// activation or pooling, an input whose mean is not removed, freezing.
 impl TryFrom<&BatchNorm> for candle_nn::BatchNorm {
     type Error = candle_core::Error;
 
@@ -44,12 +44,14 @@ impl TryFrom<&BatchNorm> for candle_nn::BatchNorm {
             bail!("candle_nn::BatchNorm needs a momentum, and this layer averages cumulatively")
         };
         if config.activation != Activation::Identity
+            || config.max_pool.is_some()
             || !config.remove_mean
             || config.freeze != Freeze::Nothing
         {
             bail!(
-                "candle_nn::BatchNorm cannot carry {:?}, remove_mean = {}, freeze {:?}",
+                "candle_nn::BatchNorm cannot carry {:?}, max_pool {:?}, remove_mean = {}, freeze {:?}",
                 config.activation,
+                config.max_pool,
                 config.remove_mean,
                 config.freeze
             )

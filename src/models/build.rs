@@ -54,11 +54,14 @@ impl<'a> Builder<'a> {
             }
             Block::Logits => self.linear(CLASSES)?,
             Block::Pool => {
-                // The maximum of a window, rectified, is that of its rectified values; of windows
-                // there are fewer.
-                let relu = self.layers.pop_if(|layer| matches!(layer, Layer::Relu));
-                self.layers.push(Layer::MaxPool);
-                self.layers.extend(relu);
+                let last = self.layers.pop();
+                self.layers.extend(match last {
+                    Some(Layer::BatchNorm(bn)) => vec![Layer::BatchNorm(bn.with_max_pool(2))],
+                    // The maximum of a window, rectified, is that of its rectified values; of
+                    // windows there are fewer.
+                    Some(Layer::Relu) => vec![Layer::MaxPool, Layer::Relu],
+                    last => last.into_iter().chain([Layer::MaxPool]).collect(),
+                });
                 self.shape[1] /= 2;
                 self.shape[2] /= 2;
             }

@@ -1,5 +1,6 @@
 //! Batch norm over dimension 1, fused with what follows it.
 
+mod args;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -14,7 +15,11 @@ use std::sync::{Arc, OnceLock};
 
 use candle_core::{bail, DType, Result, Tensor};
 
-use crate::shape::{check_input, check_like, check_one_dtype, check_per_channel, Dims, Order};
+use crate::ops::max_pool2d::max_pool2d;
+use crate::ops::max_pool2d::windows::Windows;
+use crate::shape::{check_one_dtype, check_per_channel, Dims, Order};
+use args::{check, check_training, Pooling};
+pub use args::{Activation, BatchNormArgs};
 use op::{BatchNormOp, Slots};
 pub use running::BatchStats;
 pub use vjp::{batch_norm_vjp, BatchNormGrads, BatchNormPullback};
@@ -22,69 +27,14 @@ pub use vjp::{batch_norm_vjp, BatchNormGrads, BatchNormPullback};
 /// For errors.
 const NAME: &str = "batch norm";
 
-/// What is applied to the normalised values, in the same pass.
-#[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
-pub enum Activation {
-    /// Nothing.
-    #[default]
-    Identity,
-    /// `max(v, 0)`; a NaN stays a NaN, as in PyTorch.
-    Relu,
-}
-
-/// The optional arguments of [`batch_norm_train`] and [`batch_norm_inference`].
-///
-/// [`BatchNormArgs::new`] has PyTorch's `eps`, no parameters and no epilogue; the fields are set
-/// one by one:
-///
-/// ```
-/// use candle_batch_norm::ops::{Activation, BatchNormArgs};
-/// let args = BatchNormArgs { activation: Activation::Relu, ..BatchNormArgs::new() };
-/// assert_eq!(args.eps, 1e-5);
-/// ```
-#[derive(Debug, Clone, Copy)]
-pub struct BatchNormArgs<'a> {
-    /// `[c]`, in the input's dtype, or in F32 if that is F16 or BF16. Absent, it counts as 1.
-    pub weight: Option<&'a Tensor>,
-    /// `[c]`, as `weight` and in its dtype. Absent, it counts as 0.
-    pub bias: Option<&'a Tensor>,
-    /// Added to the normalised values before the activation: shape and dtype of the input.
-    pub residual: Option<&'a Tensor>,
-    /// Applied last.
-    pub activation: Activation,
-    /// Added to the variance under the root. Above 0 in training, at least 0 in inference.
-    pub eps: f64,
-    /// Without it, the mean counts as 0 in training, and the variance is the mean square. As in
-    /// `candle_nn::BatchNormConfig`.
-    pub remove_mean: bool,
-}
-
-impl BatchNormArgs<'_> {
-    /// `eps` of 1e-5 and nothing else.
-    pub const fn new() -> Self {
-        Self {
-            weight: None,
-            bias: None,
-            residual: None,
-            activation: Activation::Identity,
-            eps: 1e-5,
-            remove_mean: true,
-        }
-    }
-}
-
-impl Default for BatchNormArgs<'_> {
-    fn default() -> Self {
-        Self::new()
-    }
-}
-
 /// What a backend has to know beside the tensors.
 #[derive(Debug, Clone, Copy)]
 pub(crate) struct Spec {
     pub dims: Dims,
     pub eps: f64,
     pub activation: Activation,
+    /// The output is the maximum over these windows.
+    pub windows: Option<Windows>,
     /// The statistics are those of the input, and gradients flow through them.
     pub training: bool,
     pub remove_mean: bool,
@@ -104,6 +54,12 @@ impl Spec {
     pub fn rstd(&self, var: f64) -> f64 {
         1.0 / (var + self.eps).sqrt()
     }
+
+    /// Values of the output.
+    pub fn outputs(&self) -> usize {
+        let Dims { n, c, s } = self.dims;
+        n * c * self.windows.map_or(s, |windows| windows.outputs())
+    }
 }
 
 /// Batch norm with the statistics of the batch itself: what a layer does in training.
@@ -115,14 +71,17 @@ impl Spec {
 /// y    = activation((x - mean)·rstd·weight + bias + residual)
 /// ```
 ///
-/// Gradients, with `g = dy` where the activation let through and 0 elsewhere, `x̂ = (x - mean)·rstd`:
+/// and the maximum over windows of that, if there is a `max_pool`.
+///
+/// Gradients, with `g = dy` where the activation let through (at the maximum of each window) and 0
+/// elsewhere, `x̂ = (x - mean)·rstd`:
 ///
 /// ```text
 /// dbias = Σg      dweight = Σg·x̂      dresidual = g
 /// dx    = weight·rstd·(g - dbias/m - x̂·dweight/m)
 /// ```
 ///
-/// Returns `y`, with the shape and the dtype of `x`, and the statistics, which are constants to
+/// Returns `y`, with the dtype and (without `max_pool`) the shape of `x`, and the statistics, which are constants to
 /// autograd. An empty `x` gives an empty `y` and statistics over no values.
 ///
 /// `x` is F32, F64, F16 or BF16 with at least 2 dimensions. Its layout is free: contiguous tensors
@@ -154,7 +113,7 @@ impl Spec {
 pub fn batch_norm_train(x: &Tensor, args: &BatchNormArgs) -> Result<(Tensor, BatchStats)> {
     let dims = check_training(x, args)?;
     if dims.numel() == 0 {
-        return Ok((x.clone(), BatchStats::of_nothing(x)?));
+        return Ok((of_nothing(x, args)?, BatchStats::of_nothing(x)?));
     }
     let (y, stats) = apply(x, args, dims, None)?;
     Ok((y, BatchStats::new(stats, dims.m())))
@@ -206,46 +165,18 @@ pub fn batch_norm_inference(
         bail!("batch norm expects eps >= 0, got {}", args.eps)
     }
     if dims.numel() == 0 {
-        return Ok(x.clone());
+        return of_nothing(x, args);
     }
     let given = (mean.detach().contiguous()?, var.detach().contiguous()?);
     Ok(apply(x, args, dims, Some(given))?.0)
 }
 
-/// What training asks of its arguments.
-fn check_training(x: &Tensor, args: &BatchNormArgs) -> Result<Dims> {
-    let dims = check(x, args)?;
-    if args.eps.is_nan() || args.eps <= 0.0 {
-        bail!("batch norm expects eps > 0 in training, got {}", args.eps)
+/// The output for an empty input.
+fn of_nothing(x: &Tensor, args: &BatchNormArgs) -> Result<Tensor> {
+    match args.max_pool {
+        None => Ok(x.clone()),
+        Some(kernel) => max_pool2d(x, kernel),
     }
-    if dims.numel() > 0 && dims.m() == 1 {
-        bail!(
-            "batch norm expects more than one value per channel in training, got an input of shape {:?}",
-            x.dims()
-        )
-    }
-    Ok(dims)
-}
-
-/// What training and inference ask of their arguments alike.
-fn check(x: &Tensor, args: &BatchNormArgs) -> Result<Dims> {
-    let dims = check_input(x)?;
-    let dtypes = match x.dtype() {
-        half @ (DType::F16 | DType::BF16) => vec![DType::F32, half],
-        dtype => vec![dtype],
-    };
-    for (what, parameter) in [("a weight", args.weight), ("a bias", args.bias)] {
-        if let Some(parameter) = parameter {
-            check_per_channel(what, parameter, x, &dtypes)?;
-        }
-    }
-    if let (Some(weight), Some(bias)) = (args.weight, args.bias) {
-        check_one_dtype("weight and bias", weight, bias)?;
-    }
-    if let Some(residual) = args.residual {
-        check_like("a residual", residual, x)?;
-    }
-    Ok(dims)
 }
 
 /// Runs the op on arguments that have been checked; gives `y` and the statistics, F64 `[2, c]`.
@@ -255,11 +186,16 @@ fn apply(
     dims: Dims,
     given: Option<(Tensor, Tensor)>,
 ) -> Result<(Tensor, Tensor)> {
-    let Prepared { op, order, tensors } = prepare(x, args, dims, given)?;
+    let pooling = args.pooling(x)?;
+    let Prepared { op, order, tensors } = prepare(x, args, dims, pooling, given)?;
     let saved = op.saved.clone();
     let [x_kernel, second, third] = &tensors;
     let y = x_kernel.apply_op3(second, third, op)?;
-    Ok((order.out_of_kernel(&y, x)?, statistics(&saved)?))
+    let y = match pooling {
+        Pooling::After(windows) => max_pool2d(&order.out_of_kernel(&y, x)?, windows.kernel)?,
+        Pooling::None | Pooling::Fused(_) => order.out_of_kernel(&y, x)?,
+    };
+    Ok((y, statistics(&saved)?))
 }
 
 /// The op for arguments that have been checked, and the three tensors that it takes.
@@ -273,9 +209,14 @@ fn prepare(
     x: &Tensor,
     args: &BatchNormArgs,
     dims: Dims,
+    pooling: Pooling,
     given: Option<(Tensor, Tensor)>,
 ) -> Result<Prepared> {
-    let order = Order::of(x)?;
+    let (order, windows) = match pooling {
+        // Windows are looked for on planes.
+        Pooling::Fused(windows) => (Order::ChannelsFirst, Some(windows)),
+        Pooling::None | Pooling::After(_) => (Order::of(x)?, None),
+    };
     let x_kernel = order.into_kernel(x)?;
     let dims = match order {
         Order::ChannelsFirst => dims,
@@ -307,6 +248,7 @@ fn prepare(
             dims,
             eps: args.eps,
             activation: args.activation,
+            windows,
             training: given.is_none(),
             remove_mean: args.remove_mean,
         },

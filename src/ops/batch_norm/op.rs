@@ -117,6 +117,16 @@ impl BatchNormOp {
         Ok(grads)
     }
 
+    fn output_shape(&self, x: &Layout) -> Result<Shape> {
+        match &self.spec.windows {
+            None => Ok(x.shape().clone()),
+            Some(windows) => {
+                let (n, c, _, _) = x.shape().dims4()?;
+                Ok((n, c, windows.oh(), windows.ow()).into())
+            }
+        }
+    }
+
     fn save(&self, stats: Tensor) -> Result<()> {
         if self.saved.set(stats).is_err() {
             bail!("batch norm: the forward pass ran twice")
@@ -164,7 +174,7 @@ impl CustomOp3 for BatchNormOp {
         let operands = self.operands([(s1, l1), (s2, l2), (s3, l3)])?;
         let (y, stats) = host::forward(&self.spec, &operands, self.given.as_ref())?;
         self.save(stats)?;
-        Ok((y, l1.shape().clone()))
+        Ok((y, self.output_shape(l1)?))
     }
 
     #[cfg(feature = "cuda")]

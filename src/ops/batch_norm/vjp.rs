@@ -3,7 +3,10 @@
 use candle_core::{bail, Result, Tensor};
 
 use super::op::{BatchNormOp, Slots, TensorGrads};
-use super::{check_training, prepare, statistics, BatchNormArgs, BatchStats, Prepared, Wants};
+use super::{check_training, prepare, statistics, Prepared};
+use super::{BatchNormArgs, BatchStats, Pooling, Wants};
+use crate::ops::max_pool2d::windows::Windows;
+use crate::ops::max_pool2d::{max_pool2d, max_pool2d_gradient};
 use crate::shape::{check_like, Order};
 
 /// [`batch_norm_train`](super::batch_norm_train) and what gives its gradients, for programs that go
@@ -59,15 +62,26 @@ pub fn batch_norm_vjp(
         ..*args
     };
     let x = x.detach();
-    let Prepared { op, order, tensors } = prepare(&x, &args, dims, None)?;
+    let pooling = args.pooling(&x)?;
+    let Prepared { op, order, tensors } = prepare(&x, &args, dims, pooling, None)?;
     let y_kernel = tensors[0].apply_op3_no_bwd(&tensors[1], &tensors[2], &op)?;
     let stats = BatchStats::new(statistics(&op.saved)?, dims.m());
-    let y = order.out_of_kernel(&y_kernel, &x)?;
+    let normalised = order.out_of_kernel(&y_kernel, &x)?;
+    let (y, pooled) = match pooling {
+        Pooling::None | Pooling::Fused(_) => (normalised, None),
+        Pooling::After(windows) => {
+            let normalised = normalised.contiguous()?;
+            let y = max_pool2d(&normalised, windows.kernel)?;
+            (y, Some((windows, normalised)))
+        }
+    };
     let pullback = BatchNormPullback {
         op,
         order,
         tensors,
+        x,
         y_kernel,
+        pooled,
         y: y.clone(),
     };
     Ok((y, stats, pullback))
@@ -78,7 +92,10 @@ pub struct BatchNormPullback {
     op: BatchNormOp,
     order: Order,
     tensors: [Tensor; 3],
+    x: Tensor,
     y_kernel: Tensor,
+    /// What the maximum was taken of, where that was not part of the op.
+    pooled: Option<(Windows, Tensor)>,
     y: Tensor,
 }
 
@@ -102,9 +119,13 @@ impl BatchNormPullback {
     /// # Errors
     /// `dy` of another shape, dtype or device than the output.
     pub fn gradients(&self, dy: &Tensor) -> Result<BatchNormGrads> {
-        check_like("a gradient of the output", dy, &self.y)?;
+        check_like("a gradient", dy, "the output", &self.y)?;
         let [x, second, third] = &self.tensors;
-        let dy = self.order.into_kernel(&dy.detach())?;
+        let dy = match &self.pooled {
+            Some((windows, normalised)) => max_pool2d_gradient(windows, normalised, &self.y, dy)?,
+            None => dy.detach(),
+        };
+        let dy = self.order.into_kernel(&dy)?;
         let wants = Wants {
             dx: true,
             dparams: self.op.params != Slots::None,
@@ -122,7 +143,7 @@ impl BatchNormPullback {
         let Some(dx) = dx else {
             bail!("batch norm: the backward pass left no gradient")
         };
-        let out = |t: Tensor| self.order.out_of_kernel(&t, &self.y);
+        let out = |t: Tensor| self.order.out_of_kernel(&t, &self.x);
         let param = |present: bool, row| match &dparams {
             Some(dparams) if present => dparams.get(row).map(Some),
             _ => Ok(None),

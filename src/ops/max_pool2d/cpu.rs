@@ -18,7 +18,7 @@ pub(super) fn forward<T: WithDType + Default>(windows: &Windows, x: &[T]) -> Vec
         let y = unsafe { parts.part(plane * outputs..(plane + 1) * outputs) };
         vectorised(
             #[inline(always)]
-            || windows.forward(&x[plane * inputs..][..inputs], y),
+            || windows.forward(&x[plane * inputs..][..inputs], y, &mut Vec::new()),
         );
     });
     // SAFETY: every plane has been written, as many rows and columns as it has windows.
@@ -37,7 +37,7 @@ pub(super) fn backward<T: WithDType + Default>(windows: &Windows, x: &[T], dy: &
         let dx = unsafe { parts.part(plane * inputs..(plane + 1) * inputs) };
         vectorised(
             #[inline(always)]
-            || windows.backward(x, dy, dx),
+            || windows.backward(x, dy, dx, &mut Vec::new()),
         );
     });
     // SAFETY: every plane has been written: the rows with windows, then the rest.

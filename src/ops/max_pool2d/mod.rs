@@ -1,6 +1,7 @@
 //! The maximum over windows of images.
 
 mod cpu;
+mod pairs;
 pub(crate) mod windows;
 
 use candle_core::backend::BackendStorage;

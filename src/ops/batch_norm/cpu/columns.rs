@@ -6,6 +6,7 @@ use std::ops::Range;
 use super::convert::{Element, Real};
 use super::element::{Channel, ChannelGrad, Channels, Mask, Slice};
 use super::passes::{Summing, Tiling};
+use super::pooling::Tensors;
 use super::rows::{ChannelRow, GradRow, Pair};
 use super::sweep::{Division, Tile, PART};
 use crate::shape::Dims;
@@ -155,12 +156,12 @@ impl Summing for Columns {
     #[inline(always)]
     fn grad_sums<T: Element, M: Mask<T>>(
         &self,
-        tensors: Slice<T>,
+        tensors: Tensors<T>,
         tile: Tile,
         channels: &ChannelRow<Self, T::Real>,
     ) -> Pair<Vec<f64>> {
         let stride = self.dims.c * self.dims.s;
-        let tensors = tensors.part(self.extent(tile));
+        let tensors = tensors.whole().part(self.extent(tile));
         let len = self.columns(tile.group).len();
         let (mut gs, mut gxs) = (self.row(len), self.row(len));
         self.strips(

@@ -3,7 +3,7 @@
 use half::{bf16, f16};
 
 /// A value of a tensor. Half precision is computed in `f32`, and sums are always in `f64`.
-pub(crate) trait Element: Copy + Send + Sync + 'static {
+pub(crate) trait Element: Copy + PartialOrd + Default + Send + Sync + 'static {
     type Real: Real;
     /// The largest value that is 0 after rounding to the dtype.
     const ROUNDS_TO_ZERO: Self::Real;

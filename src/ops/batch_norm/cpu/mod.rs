@@ -11,6 +11,7 @@ mod element;
 mod lanes;
 mod passes;
 mod planes;
+mod pooling;
 mod rows;
 mod sweep;
 
@@ -58,17 +59,24 @@ pub(crate) struct Grads<T> {
 
 /// The output `[n, c, s]`, and the mean and the (biased) variance that were used, `[2, c]`.
 pub(crate) fn forward<T: Element>(job: &Forward<T>) -> (Vec<T>, Vec<f64>) {
-    let dims = job.spec.dims;
-    match (&job.given, dims.s < PLANE) {
-        (None, true) => passes::forward_training(&Columns::new(dims), job),
-        (None, false) => passes::forward_training(&Planes(dims), job),
-        (Some(given), true) => passes::forward_given(&Columns::new(dims), job, given),
-        (Some(given), false) => passes::forward_given(&InOrder(dims), job, given),
+    let spec = job.spec;
+    match (&job.given, as_columns(spec)) {
+        (None, true) => passes::forward_training(&Columns::new(spec.dims), job),
+        (None, false) => passes::forward_training(&Planes::new(spec), job),
+        (Some(given), true) => passes::forward_given(&Columns::new(spec.dims), job, given),
+        (Some(given), false) if spec.windows.is_some() => {
+            passes::forward_given(&Planes::new(spec), job, given)
+        }
+        (Some(given), false) => passes::forward_given(&InOrder(spec.dims), job, given),
     }
 }
 
 /// Smaller planes are gone through as columns: loops over so few values have no time to get fast.
 const PLANE: usize = 64;
+
+fn as_columns(spec: &Spec) -> bool {
+    spec.dims.s < PLANE && spec.windows.is_none()
+}
 
 /// The gradients of [`forward`].
 pub(crate) fn backward<T: Element>(job: &Backward<T>) -> Grads<T> {
@@ -80,8 +88,8 @@ pub(crate) fn backward<T: Element>(job: &Backward<T>) -> Grads<T> {
 }
 
 fn backward_masked<T: Element, M: Mask<T>>(job: &Backward<T>) -> Grads<T> {
-    match job.spec.dims {
-        dims if dims.s < PLANE => passes::backward::<_, T, M>(&Columns::new(dims), job),
-        dims => passes::backward::<_, T, M>(&Planes(dims), job),
+    match as_columns(job.spec) {
+        true => passes::backward::<_, T, M>(&Columns::new(job.spec.dims), job),
+        false => passes::backward::<_, T, M>(&Planes::new(job.spec), job),
     }
 }

@@ -3,7 +3,8 @@
 use std::ops::Range;
 
 use super::convert::{Element, Real};
-use super::element::{write_y, Channel, ChannelGrad, Channels, Mask, Slice};
+use super::element::{write_y, Channel, ChannelGrad, Channels, Mask};
+use super::pooling::{outputs, Scratch, Tensors};
 use super::rows::{by_channel, channel_row, copy, grad_row, merge_moments};
 use super::rows::{ChannelRow, GradRow, Pair};
 use super::sweep::{Division, Tile};
@@ -44,7 +45,7 @@ pub(super) trait Summing: Tiling {
     /// `Σg` and `Σ(g·(x - mean))` over a tile.
     fn grad_sums<T: Element, M: Mask<T>>(
         &self,
-        tensors: Slice<T>,
+        tensors: Tensors<T>,
         tile: Tile,
         channels: &ChannelRow<Self, T::Real>,
     ) -> Pair<Self::Row<f64>>;
@@ -56,7 +57,7 @@ pub(super) fn forward_training<L: Summing, T: Element>(
     tiling: &L,
     job: &Forward<T>,
 ) -> (Vec<T>, Vec<f64>) {
-    let mut y = Output::new(job.spec.dims.numel());
+    let mut y = Output::new(job.spec.outputs());
     let y_parts = y.parts();
     let groups = tiling.division().sweep(
         |tile| {
@@ -93,7 +94,7 @@ pub(super) fn forward_given<L: Tiling, T: Element>(
     job: &Forward<T>,
     [mean, var]: &[Vec<f64>; 2],
 ) -> (Vec<T>, Vec<f64>) {
-    let mut y = Output::new(job.spec.dims.numel());
+    let mut y = Output::new(job.spec.outputs());
     let y_parts = y.parts();
     let Division {
         groups,
@@ -142,12 +143,21 @@ fn write_tile<L: Tiling, T: Element>(
     vectorised(
         #[inline(always)]
         || {
+            let (mut planes, mut maxima) = (Scratch::new(), Vec::new());
             for (run, at) in tiling.runs(tile) {
-                let residual = job.residual.map(|residual| &residual[run.clone()]);
-                // SAFETY: no two runs of any two tiles overlap.
-                let y = unsafe { y.part(run.clone()) };
                 let channels = tiling.at(row, at);
-                write_y(y, &job.x[run], residual, channels, job.spec.activation);
+                let Some(windows) = &job.spec.windows else {
+                    let residual = job.residual.map(|residual| &residual[run.clone()]);
+                    // SAFETY: no two runs of any two tiles overlap.
+                    let y = unsafe { y.part(run.clone()) };
+                    write_y(y, &job.x[run], residual, channels, job.spec.activation);
+                    continue;
+                };
+                // SAFETY: each run is a plane of its own, and so is its output.
+                let y = unsafe { y.part(outputs(windows, &run)) };
+                let x = &job.x[run];
+                let before = planes.output(x, channels, job.spec.activation);
+                windows.forward(before, y, &mut maxima);
             }
         },
     )
@@ -163,11 +173,6 @@ pub(super) fn backward<L: Summing, T: Element, M: Mask<T>>(
     let mut dresidual = wants.dresidual.then(|| Output::new(numel));
     let dx_parts = dx.as_mut().map(Output::parts);
     let dresidual_parts = dresidual.as_mut().map(Output::parts);
-    let tensors = Slice {
-        x: job.x,
-        dy: job.dy,
-        y: job.y.unwrap_or(job.x),
-    };
     let (means, vars) = job.saved.split_at(spec.dims.c);
     let division = tiling.division();
     let rows = given_rows(tiling, spec, &job.params, means, vars);
@@ -177,7 +182,7 @@ pub(super) fn backward<L: Summing, T: Element, M: Mask<T>>(
             wants_sums.then(|| {
                 vectorised(
                     #[inline(always)]
-                    || tiling.grad_sums::<T, M>(tensors, tile, &rows[tile.group]),
+                    || tiling.grad_sums::<T, M>(Tensors::new(job), tile, &rows[tile.group]),
                 )
             })
         },
@@ -191,9 +196,10 @@ pub(super) fn backward<L: Summing, T: Element, M: Mask<T>>(
             vectorised(
                 #[inline(always)]
                 || {
+                    let mut tensors = Tensors::new(job);
                     for (run, at) in tiling.runs(tile) {
                         let channels = tiling.at(&rows[tile.group], at);
-                        let slice = tensors.part(run.clone());
+                        let slice = tensors.run(run.clone(), channels);
                         if let Some(parts) = dx_parts {
                             // SAFETY: no two runs of any two tiles overlap.
                             let dx = unsafe { parts.part(run.clone()) };

@@ -3,14 +3,32 @@
 use std::ops::Range;
 
 use super::convert::{Element, Real};
-use super::element::{Channel, ChannelGrad, Mask, Same, Slice};
+use super::element::{Channel, ChannelGrad, Mask, Same};
 use super::lanes::{GradSums, Sum};
 use super::passes::{Summing, Tiling};
+use super::pooling::Tensors;
 use super::rows::{ChannelRow, GradRow, Pair};
 use super::sweep::{Division, Tile, PART};
+use super::Spec;
 use crate::shape::Dims;
 
-pub(super) struct Planes(pub Dims);
+pub(super) struct Planes {
+    dims: Dims,
+    /// Values of a part.
+    part: usize,
+}
+
+impl Planes {
+    pub fn new(spec: &Spec) -> Self {
+        let (dims, s) = (spec.dims, spec.dims.s);
+        // Windows are looked for on whole planes.
+        let whole = spec.windows.map(|_| (PART / s).max(1) * s);
+        Self {
+            dims,
+            part: whole.unwrap_or(PART),
+        }
+    }
+}
 
 impl Tiling for Planes {
     type Row<A: Real> = [A; 1];
@@ -18,9 +36,9 @@ impl Tiling for Planes {
 
     fn division(&self) -> Division {
         Division {
-            groups: self.0.c,
-            parts: self.0.m().div_ceil(PART),
-            values: self.0.numel(),
+            groups: self.dims.c,
+            parts: self.dims.m().div_ceil(self.part),
+            values: self.dims.numel(),
         }
     }
 
@@ -38,9 +56,9 @@ impl Tiling for Planes {
 
     #[inline(always)]
     fn runs(&self, tile: Tile) -> impl Iterator<Item = (Range<usize>, usize)> {
-        let Dims { c, s, .. } = self.0;
-        let end = tile.part * PART + self.values(tile.part);
-        let mut next = tile.part * PART;
+        let Dims { c, s, .. } = self.dims;
+        let end = tile.part * self.part + self.values(tile.part);
+        let mut next = tile.part * self.part;
         // Plane by plane, from value `next` of the channel to `end`.
         std::iter::from_fn(move || {
             if next >= end {
@@ -69,7 +87,7 @@ impl Summing for Planes {
     type Grads<'a, A: Real + 'a> = Same<ChannelGrad<A>>;
 
     fn values(&self, part: usize) -> usize {
-        (self.0.m() - part * PART).min(PART)
+        (self.dims.m() - part * self.part).min(self.part)
     }
 
     #[inline(always)]
@@ -96,14 +114,14 @@ impl Summing for Planes {
     #[inline(always)]
     fn grad_sums<T: Element, M: Mask<T>>(
         &self,
-        tensors: Slice<T>,
+        mut tensors: Tensors<T>,
         tile: Tile,
         channels: &ChannelRow<Self, T::Real>,
     ) -> Pair<[f64; 1]> {
-        let (channel, mean) = (self.at(channels, 0).0, channels.mean[0]);
+        let (channel, mean) = (self.at(channels, 0), channels.mean[0]);
         let mut sums = GradSums::new();
         for (run, _) in self.runs(tile) {
-            sums.add::<T, M>(&tensors.part(run), &channel, mean);
+            sums.add::<T, M>(&tensors.run(run, channel), &channel.0, mean);
         }
         Pair([sums.g.total()], [sums.gx.total()])
     }

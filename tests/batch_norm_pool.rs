@@ -1,0 +1,300 @@
+//! Batch norm with a maximum over windows behind it, in one op.
+
+mod common;
+
+use candle_batch_norm::ops::{
+    batch_norm_inference, batch_norm_train, batch_norm_vjp, max_pool2d, Activation, BatchNormArgs,
+};
+use candle_batch_norm::{batch_norm, BatchNormConfig};
+use candle_core::{DType, Device, ModuleT, Result, Tensor, Var};
+use candle_nn::{VarBuilder, VarMap};
+use common::{assert_close, assert_error, devices, random, rounding, tensor, values, var, Case};
+
+const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::BF16, DType::F16];
+
+/// `[n, c, h, w]` and the kernel: even and odd sides, planes shorter than a register and longer than
+/// a task's share, more channels than threads and fewer.
+const SHAPES: [([usize; 4], usize); 9] = [
+    ([2, 1, 2, 2], 2),
+    ([3, 2, 3, 5], 2),
+    ([4, 3, 7, 7], 2),
+    ([2, 20, 28, 28], 2),
+    ([5, 4, 14, 18], 2),
+    ([2, 2, 97, 101], 2),
+    ([3, 2, 4, 4], 1),
+    ([2, 3, 9, 11], 3),
+    ([2, 3, 8, 8], 8),
+];
+
+/// A case with parameters of both signs.
+fn case(shape: [usize; 4], relu: bool) -> Case {
+    let [n, c, h, w] = shape;
+    let count = n * c * h * w;
+    Case {
+        shape: shape.to_vec(),
+        x: random(1, count, 0.5),
+        weight: Some(random(2, c, 0.3)),
+        bias: Some(random(3, c, 0.0)),
+        relu,
+        eps: 1e-5,
+        ..Case::default()
+    }
+}
+
+/// The maxima of the windows of `y`, and `dy` in the place of the (first) maximum of each.
+fn pooled(shape: [usize; 4], kernel: usize, y: &[f64], dy: &[f64]) -> (Vec<f64>, Vec<f64>) {
+    let [n, c, h, w] = shape;
+    let (mut maxima, mut gradient) = (vec![], vec![0.0; y.len()]);
+    for plane in 0..n * c {
+        for (i, j) in (0..h / kernel).flat_map(|i| (0..w / kernel).map(move |j| (i, j))) {
+            let pixels = (0..kernel * kernel)
+                .map(|k| plane * h * w + (i * kernel + k / kernel) * w + j * kernel + k % kernel);
+            let largest = pixels.reduce(|best, at| if y[at] > y[best] { at } else { best });
+            let largest = largest.expect("a kernel above 0");
+            gradient[largest] = dy[maxima.len()];
+            maxima.push(y[largest]);
+        }
+    }
+    (maxima, gradient)
+}
+
+fn activation(relu: bool) -> Activation {
+    match relu {
+        true => Activation::Relu,
+        false => Activation::Identity,
+    }
+}
+
+#[test]
+fn closed_forms() -> Result<()> {
+    for device in &devices() {
+        for (shape, kernel) in SHAPES {
+            for (relu, frozen) in [(true, false), (false, false), (true, true)] {
+                let [n, c, h, w] = shape;
+                let dy = random(4, n * c * (h / kernel) * (w / kernel), 0.0);
+                let mut case = case(shape, relu);
+                case.dy = vec![0.0; case.x.len()];
+                if frozen {
+                    let var = random(6, c, 0.0).iter().map(|v| v * v + 0.5).collect();
+                    case.given = Some((random(5, c, 0.0), var));
+                }
+                let (y, routed) = pooled(shape, kernel, &case.truth().y, &dy);
+                case.dy = routed;
+                let truth = case.truth();
+                for dtype in [DType::F64, DType::F32] {
+                    let at = format!("{shape:?} {kernel} {relu} {frozen} {dtype:?}");
+                    let get = |values: &[f64], shape: &[usize]| var(values, shape, dtype, device);
+                    let x = get(&case.x, &shape)?;
+                    let weight = get(case.weight.as_deref().unwrap_or(&[]), &[c])?;
+                    let bias = get(case.bias.as_deref().unwrap_or(&[]), &[c])?;
+                    let args = BatchNormArgs {
+                        weight: Some(&weight),
+                        bias: Some(&bias),
+                        activation: activation(relu),
+                        max_pool: Some(kernel),
+                        ..BatchNormArgs::new()
+                    };
+                    let got = match &case.given {
+                        None => batch_norm_train(&x, &args)?.0,
+                        Some((mean, var)) => {
+                            let mean = tensor(mean, &[c], dtype, device)?;
+                            let var = tensor(var, &[c], dtype, device)?;
+                            batch_norm_inference(&x, &mean, &var, &args)?
+                        }
+                    };
+                    assert_eq!(got.dims(), [n, c, h / kernel, w / kernel], "{at}");
+                    let dy = tensor(&dy, got.dims(), dtype, device)?;
+                    let grads = (&got * &dy)?.sum_all()?.backward()?;
+                    let grad = |of: &Var| values(grads.get(of).expect("a gradient"));
+                    let tolerance = 4.0 * rounding(dtype);
+                    let close = |what: &str, got: &[f64], expected: &[f64]| {
+                        let what = format!("{at} {what}");
+                        assert_close(&what, got, expected, tolerance, tolerance)
+                    };
+                    close("y", &values(&got)?, &y);
+                    close("dx", &grad(&x)?, &truth.dx);
+                    let scale = truth.dweight_scale.iter().fold(1.0, |a: f64, &b| a.max(b));
+                    let sums = tolerance * scale;
+                    assert_close(&at, &grad(&weight)?, &truth.dweight, sums, 0.0);
+                    assert_close(&at, &grad(&bias)?, &truth.dbias, sums, 0.0);
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// What is not stored is computed again to the last bit: the output is that of two ops, but for the
+/// order in which the statistics are summed up, which only F64 shows.
+#[test]
+fn one_op_as_two() -> Result<()> {
+    let layouts: [fn(&Tensor) -> Result<Tensor>; 3] = [
+        |x| Ok(x.clone()),
+        |x| x.permute((0, 2, 3, 1))?.contiguous()?.permute((0, 3, 1, 2)),
+        |x| x.transpose(2, 3)?.contiguous()?.transpose(2, 3),
+    ];
+    for device in &devices() {
+        for (shape, kernel) in SHAPES {
+            for (dtype, relu) in DTYPES.into_iter().flat_map(|d| [(d, true), (d, false)]) {
+                for (layout, with_residual) in [(0, false), (1, false), (2, false), (1, true)] {
+                    let at =
+                        format!("{shape:?} {kernel} {dtype:?} {relu} {layout} {with_residual}");
+                    let case = case(shape, relu);
+                    let c = shape[1];
+                    let x = var(&case.x, &shape, dtype, device)?;
+                    let residual = var(&random(7, case.x.len(), 0.0), &shape, dtype, device)?;
+                    let weight = tensor(&random(2, c, 0.3), &[c], dtype, device)?;
+                    let bias = tensor(&random(3, c, 0.0), &[c], dtype, device)?;
+                    let two = BatchNormArgs {
+                        weight: Some(&weight),
+                        bias: Some(&bias),
+                        residual: with_residual.then_some(&residual),
+                        activation: activation(relu),
+                        ..BatchNormArgs::new()
+                    };
+                    let one = BatchNormArgs {
+                        max_pool: Some(kernel),
+                        ..two
+                    };
+                    let laid_out = layouts[layout](&x)?;
+                    let (y_two, stats_two) = batch_norm_train(&laid_out, &two)?;
+                    let y_two = max_pool2d(&y_two, kernel)?;
+                    let (y_one, stats_one) = batch_norm_train(&laid_out, &one)?;
+                    let bound = if dtype == DType::F64 { 1e-13 } else { 0.0 };
+                    assert_close(&at, &values(&y_one)?, &values(&y_two)?, bound, bound);
+                    let mean = (values(&stats_one.mean()?)?, values(&stats_two.mean()?)?);
+                    assert_close(&at, &mean.0, &mean.1, 1e-14, 1e-14);
+
+                    let dy = random(8, y_one.elem_count(), 0.0);
+                    let dy = tensor(&dy, y_one.dims(), dtype, device)?;
+                    let dx = |y: &Tensor| -> Result<_> {
+                        let grads = (y * &dy)?.sum_all()?.backward()?;
+                        let dx = values(grads.get(&x).expect("a gradient"))?;
+                        let dresidual = grads.get(&residual).map(values).transpose()?;
+                        Ok((dx, dresidual))
+                    };
+                    let (one_dx, two_dx) = (dx(&y_one)?, dx(&y_two)?);
+                    let tolerance = rounding(dtype);
+                    assert_close(&at, &one_dx.0, &two_dx.0, tolerance, tolerance);
+                    assert_eq!(one_dx.1, two_dx.1, "{at}");
+
+                    let (y, _, pullback) = batch_norm_vjp(&laid_out, &one)?;
+                    assert_eq!(values(&y)?, values(&y_one)?, "{at}");
+                    let grads = pullback.gradients(&dy)?;
+                    assert_eq!(values(&grads.dx)?, one_dx.0, "{at}");
+                    let dresidual = grads.dresidual.as_ref().map(values).transpose()?;
+                    assert_eq!(dresidual, one_dx.1, "{at}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// In windows with a NaN it is the maximum, and other channels know nothing of it.
+#[test]
+fn nan_as_two_ops() -> Result<()> {
+    let device = &Device::Cpu;
+    let mut x = random(1, 2 * 3 * 6 * 6, 0.0);
+    x[40] = f64::NAN;
+    x[4 * 36 + 3] = f64::INFINITY;
+    let x = Var::from_tensor(&tensor(&x, &[2, 3, 6, 6], DType::F32, device)?)?;
+    let zeros = Tensor::zeros(3, DType::F32, device)?;
+    let ones = zeros.ones_like()?;
+    let two = BatchNormArgs {
+        activation: Activation::Relu,
+        ..BatchNormArgs::new()
+    };
+    let one = BatchNormArgs {
+        max_pool: Some(2),
+        ..two
+    };
+    let bits = |t: &Tensor| -> Result<Vec<Option<u64>>> {
+        let values = values(t)?.into_iter();
+        Ok(values
+            .map(|v| (!v.is_nan()).then_some(v.to_bits()))
+            .collect())
+    };
+    let y_one = batch_norm_inference(&x, &zeros, &ones, &one)?;
+    let y_two = max_pool2d(&batch_norm_inference(&x, &zeros, &ones, &two)?, 2)?;
+    assert_eq!(bits(&y_one)?, bits(&y_two)?);
+    assert_eq!(bits(&y_one)?.iter().filter(|v| v.is_none()).count(), 1);
+    let (one, two) = (y_one.backward()?, y_two.backward()?);
+    let dx = |grads: &candle_core::backprop::GradStore| bits(grads.get(&x).expect("a gradient"));
+    assert_eq!(dx(&one)?, dx(&two)?);
+    Ok(())
+}
+
+#[test]
+fn wrong_windows_get_an_error() -> Result<()> {
+    let device = &Device::Cpu;
+    let args = |max_pool| BatchNormArgs {
+        max_pool: Some(max_pool),
+        ..BatchNormArgs::new()
+    };
+    let x = Tensor::zeros((4, 2, 6, 5), DType::F32, device)?;
+    for kernel in [0, 6, 7] {
+        let expected = [
+            "batch norm",
+            "kernel from 1",
+            "[4, 2, 6, 5]",
+            &kernel.to_string(),
+        ];
+        assert_error(batch_norm_train(&x, &args(kernel)), &expected);
+        let stats = Tensor::ones(2, DType::F32, device)?;
+        let inference = batch_norm_inference(&x, &stats, &stats, &args(kernel));
+        assert_error(inference, &expected);
+        assert_error(batch_norm_vjp(&x, &args(kernel)).map(|_| ()), &expected);
+    }
+    let flat = x.flatten_from(1)?;
+    assert_error(
+        batch_norm_train(&flat, &args(2)),
+        &["[n, c, h, w]", "[4, 60]"],
+    );
+    let (y, _, pullback) = batch_norm_vjp(&x, &args(2))?;
+    assert_eq!(y.dims(), [4, 2, 3, 2]);
+    assert_error(
+        pullback.gradients(&x),
+        &["the output", "[4, 2, 3, 2]", "[4, 2, 6, 5]"],
+    );
+    let empty = x.narrow(0, 0, 0)?;
+    let (y, _) = batch_norm_train(&empty, &args(2))?;
+    assert_eq!(y.dims(), [0, 2, 3, 2]);
+    Ok(())
+}
+
+/// The layer, with its running statistics, and what candle-nn cannot take over.
+#[test]
+fn layer() -> Result<()> {
+    let device = &Device::Cpu;
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, device);
+    let config = BatchNormConfig {
+        activation: Activation::Relu,
+        ..Default::default()
+    };
+    let x = tensor(
+        &random(1, 2 * 3 * 8 * 8, 1.0),
+        &[2, 3, 8, 8],
+        DType::F32,
+        device,
+    )?;
+    let two = batch_norm(3, config, vb.pp("two"))?;
+    let one = batch_norm(3, config, vb.pp("one"))?.with_max_pool(2);
+    for train in [true, false] {
+        let y = max_pool2d(&two.forward_t(&x, train)?, 2)?;
+        assert_eq!(values(&one.forward_t(&x, train)?)?, values(&y)?);
+    }
+    assert_eq!(values(one.running_mean())?, values(two.running_mean())?);
+    assert_eq!(values(one.running_var())?, values(two.running_var())?);
+    let config = BatchNormConfig {
+        max_pool: Some(2),
+        ..Default::default()
+    };
+    let layer = batch_norm(3, config, vb.pp("three"))?;
+    assert_error(
+        candle_nn::BatchNorm::try_from(&layer),
+        &["max_pool Some(2)"],
+    );
+    Ok(())
+}
