@@ -170,9 +170,10 @@ impl Summing for Columns {
             |columns| {
                 let channel = self.at(channels, 0);
                 let mut sums = StripSums::<T::Real>::new(channel, &channels.mean, &columns);
+                let mut rooms = [T::ROOM; 3];
                 let mut row = columns.clone();
                 while row.end <= tensors.x.len() {
-                    sums.add::<T, M>(&tensors.part(row.clone()));
+                    sums.add::<T, M>(&tensors.part(row.clone()), &mut rooms);
                     row = row.start + stride..row.end + stride;
                 }
                 gs[columns.clone()].copy_from_slice(&sums.g[..columns.len()]);
@@ -205,16 +206,20 @@ fn add_rows<T: Element>(
     let count = (x.len() - columns.end) / stride + 1;
     let row = |i: usize| &x[i * stride + columns.start..][..width];
     let in_fours = count - count % ROWS;
+    let mut rooms = [T::ROOM; ROWS];
     for i in (0..in_fours).step_by(ROWS) {
-        let rows = [row(i), row(i + 1), row(i + 2), row(i + 3)];
+        let [a, b, c, d] = &mut rooms;
+        let (a, b) = (T::load(row(i), a), T::load(row(i + 1), b));
+        let (c, d) = (T::load(row(i + 2), c), T::load(row(i + 3), d));
         for j in 0..width {
-            let f = |row: usize| f(j, rows[row][j].to_f64());
-            sums[j] += (f(0) + f(1)) + (f(2) + f(3));
+            let f = |value: T::Real| f(j, value.to_f64());
+            sums[j] += (f(a(j)) + f(b(j))) + (f(c(j)) + f(d(j)));
         }
     }
-    for row in (in_fours..count).map(row) {
+    for i in in_fours..count {
+        let values = T::load(row(i), &mut rooms[0]);
         for j in 0..width {
-            sums[j] += f(j, row[j].to_f64());
+            sums[j] += f(j, values(j).to_f64());
         }
     }
 }
@@ -253,9 +258,10 @@ impl<A: Real> StripSums<A> {
 
     /// Adds a row.
     #[inline(always)]
-    fn add<T: Element<Real = A>, M: Mask<T>>(&mut self, row: &Slice<T>) {
+    fn add<T: Element<Real = A>, M: Mask<T>>(&mut self, row: &Slice<T>, rooms: &mut [T::Room; 3]) {
         let width = row.x.len().min(STRIP);
-        let (x, dy, y) = (&row.x[..width], &row.dy[..width], &row.y[..width]);
+        let row = row.part(0..width);
+        let load = row.load::<M>(rooms);
         for j in 0..width {
             let channel = Channel {
                 hi: self.hi[j],
@@ -263,9 +269,9 @@ impl<A: Real> StripSums<A> {
                 scale: self.scale[j],
                 shift: self.shift[j],
             };
-            let g = M::g(x[j], dy[j], y[j], &channel).to_f64();
-            self.g[j] += g;
-            self.gx[j] += g * (x[j].to_f64() - self.mean[j]);
+            let (x, g) = load(j, &channel);
+            self.g[j] += g.to_f64();
+            self.gx[j] += g.to_f64() * (x.to_f64() - self.mean[j]);
         }
     }
 }
@@ -281,12 +287,12 @@ pub(super) struct ChannelSlices<'a, A> {
 
 impl<A: Real> Channels<Channel<A>> for ChannelSlices<'_, A> {
     #[inline(always)]
-    fn first(self, len: usize) -> Self {
+    fn part(self, range: Range<usize>) -> Self {
         Self {
-            hi: &self.hi[..len],
-            lo: &self.lo[..len],
-            scale: &self.scale[..len],
-            shift: &self.shift[..len],
+            hi: &self.hi[range.clone()],
+            lo: &self.lo[range.clone()],
+            scale: &self.scale[range.clone()],
+            shift: &self.shift[range.clone()],
         }
     }
 
@@ -310,10 +316,10 @@ pub(super) struct GradSlices<'a, A> {
 
 impl<A: Real> Channels<ChannelGrad<A>> for GradSlices<'_, A> {
     #[inline(always)]
-    fn first(self, len: usize) -> Self {
+    fn part(self, range: Range<usize>) -> Self {
         Self {
-            mean_g: &self.mean_g[..len],
-            slope: &self.slope[..len],
+            mean_g: &self.mean_g[range.clone()],
+            slope: &self.slope[range.clone()],
         }
     }
 

@@ -1,5 +1,7 @@
 //! The dtypes: how their values become numbers to compute with, and back.
 
+use std::mem::MaybeUninit;
+
 use half::{bf16, f16};
 
 /// A value of a tensor. Half precision is computed in `f32`, and sums are always in `f64`.
@@ -7,9 +9,20 @@ pub(crate) trait Element: Copy + PartialOrd + Default + Send + Sync + 'static {
     type Real: Real;
     /// The largest value that is 0 after rounding to the dtype.
     const ROUNDS_TO_ZERO: Self::Real;
-    fn to_real(self) -> Self::Real;
-    fn from_real(real: Self::Real) -> Self;
+    /// At most so many values are converted at once.
+    const CHUNK: usize;
+    /// Where a chunk stands after its conversion, for a dtype that is not converted value by value.
+    type Room: Copy;
+    const ROOM: Self::Room;
     fn to_f64(self) -> f64;
+    /// A chunk as numbers to compute with, by index.
+    fn load<'a>(chunk: &'a [Self], room: &'a mut Self::Room) -> impl Fn(usize) -> Self::Real + 'a;
+    /// Writes a chunk, the values of which `real` gives by index.
+    fn store(
+        chunk: &mut [MaybeUninit<Self>],
+        room: &mut Self::Room,
+        real: impl Fn(usize) -> Self::Real,
+    );
 }
 
 /// `f32` and `f64`, in which values are computed.
@@ -43,22 +56,29 @@ macro_rules! real {
     };
 }
 
+/// A dtype that is converted value by value, or not at all.
 macro_rules! element {
     ($t:ty, $real:ty, $rounds_to_zero:expr, $to:expr, $from:expr) => {
         impl Element for $t {
             type Real = $real;
             const ROUNDS_TO_ZERO: $real = $rounds_to_zero;
-            #[inline(always)]
-            fn to_real(self) -> $real {
-                $to(self)
-            }
-            #[inline(always)]
-            fn from_real(real: $real) -> Self {
-                $from(real)
-            }
+            const CHUNK: usize = usize::MAX;
+            type Room = ();
+            const ROOM: () = ();
             #[inline(always)]
             fn to_f64(self) -> f64 {
-                f64::from(self.to_real())
+                f64::from($to(self))
+            }
+            #[inline(always)]
+            fn load<'a>(chunk: &'a [Self], (): &'a mut ()) -> impl Fn(usize) -> $real + 'a {
+                #[inline(always)]
+                |i| $to(chunk[i])
+            }
+            #[inline(always)]
+            fn store(chunk: &mut [MaybeUninit<Self>], (): &mut (), real: impl Fn(usize) -> $real) {
+                for i in 0..chunk.len() {
+                    chunk[i].write($from(real(i)));
+                }
             }
         }
     };
@@ -68,15 +88,126 @@ real!(f32);
 real!(f64);
 element!(f32, f32, 0.0, |value| value, |real| real);
 element!(f64, f64, 0.0, |value| value, |real| real);
-// Half of the smallest number above 0, 2⁻²⁴ and 2⁻¹³³: a tie, which goes to even.
-element!(
-    f16,
-    f32,
-    f32::from_bits((127 - 25) << 23),
-    f16_to_f32,
-    f32_to_f16
-);
+// Half of the smallest number above 0, here 2⁻¹³³ and below 2⁻²⁴: a tie, which goes to even.
 element!(bf16, f32, f32::from_bits(1 << 15), bf16_to_f32, f32_to_bf16);
+
+/// Converted chunk by chunk: by an instruction that the compiler does not put into loops by itself.
+impl Element for f16 {
+    type Real = f32;
+    const ROUNDS_TO_ZERO: f32 = f32::from_bits((127 - 25) << 23);
+    const CHUNK: usize = F16_CHUNK;
+    type Room = [f32; F16_CHUNK];
+    const ROOM: Self::Room = [0.0; F16_CHUNK];
+    #[inline(always)]
+    fn to_f64(self) -> f64 {
+        f64::from(f16_to_f32(self))
+    }
+    #[inline(always)]
+    fn load<'a>(chunk: &'a [Self], room: &'a mut Self::Room) -> impl Fn(usize) -> f32 + 'a {
+        let reals = &mut room[..chunk.len()];
+        widen(chunk, reals);
+        #[inline(always)]
+        |i| reals[i]
+    }
+    #[inline(always)]
+    fn store(chunk: &mut [MaybeUninit<Self>], room: &mut Self::Room, real: impl Fn(usize) -> f32) {
+        let reals = &mut room[..chunk.len()];
+        for i in 0..chunk.len() {
+            reals[i] = real(i);
+        }
+        narrow(reals, chunk);
+    }
+}
+
+/// Enough to make little of what a chunk costs, and few enough to stay in the nearest cache.
+const F16_CHUNK: usize = 128;
+
+/// Converts a chunk. The detection is remembered, and costs no more than a look at a flag.
+#[inline(always)]
+fn widen(chunk: &[f16], reals: &mut [f32]) {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx512f") {
+        // SAFETY: the CPU has the feature.
+        return unsafe { avx512::widen(chunk, reals) };
+    } else if is_x86_feature_detected!("f16c") {
+        // SAFETY: as above.
+        return unsafe { f16c::widen(chunk, reals) };
+    }
+    for (real, value) in reals.iter_mut().zip(chunk) {
+        *real = f16_to_f32(*value);
+    }
+}
+
+/// Rounds a chunk.
+#[inline(always)]
+fn narrow(reals: &[f32], chunk: &mut [MaybeUninit<f16>]) {
+    #[cfg(target_arch = "x86_64")]
+    if is_x86_feature_detected!("avx512f") {
+        // SAFETY: the CPU has the feature.
+        return unsafe { avx512::narrow(reals, chunk) };
+    } else if is_x86_feature_detected!("f16c") {
+        // SAFETY: as above.
+        return unsafe { f16c::narrow(reals, chunk) };
+    }
+    for (value, real) in chunk.iter_mut().zip(reals) {
+        value.write(f32_to_f16(*real));
+    }
+}
+
+/// The conversions with instructions for so many values at a time.
+macro_rules! f16_instructions {
+    ($name:ident, $feature:literal, $lanes:literal, $widen:ident, $narrow:ident) => {
+        #[cfg(target_arch = "x86_64")]
+        mod $name {
+            use std::arch::x86_64::*;
+            use std::mem::MaybeUninit;
+            use std::ptr::{read_unaligned, write_unaligned};
+
+            use half::f16;
+
+            const TO_EVEN: i32 = _MM_FROUND_TO_NEAREST_INT;
+
+            #[inline]
+            #[target_feature(enable = $feature)]
+            pub fn widen(values: &[f16], reals: &mut [f32]) {
+                let (values, last_values) = values.as_chunks::<$lanes>();
+                let (reals, last_reals) = reals.as_chunks_mut::<$lanes>();
+                for (reals, values) in reals.iter_mut().zip(values) {
+                    // SAFETY: the registers are as wide as the arrays, and all bits are valid in both.
+                    unsafe {
+                        let converted = $widen(read_unaligned(values.as_ptr().cast()));
+                        write_unaligned(reals.as_mut_ptr().cast(), converted);
+                    }
+                }
+                for (real, value) in last_reals.iter_mut().zip(last_values) {
+                    let value = _mm_cvtsi32_si128(value.to_bits().into());
+                    *real = _mm_cvtss_f32(_mm_cvtph_ps(value));
+                }
+            }
+
+            #[inline]
+            #[target_feature(enable = $feature)]
+            pub fn narrow(reals: &[f32], values: &mut [MaybeUninit<f16>]) {
+                let (reals, last_reals) = reals.as_chunks::<$lanes>();
+                let (values, last_values) = values.as_chunks_mut::<$lanes>();
+                for (values, reals) in values.iter_mut().zip(reals) {
+                    // SAFETY: as above.
+                    unsafe {
+                        let rounded = $narrow::<TO_EVEN>(read_unaligned(reals.as_ptr().cast()));
+                        write_unaligned(values.as_mut_ptr().cast(), rounded);
+                    }
+                }
+                for (value, real) in last_values.iter_mut().zip(last_reals) {
+                    let bits = _mm_cvtsi128_si32(_mm_cvtps_ph::<TO_EVEN>(_mm_set_ss(*real)));
+                    value.write(f16::from_bits(bits as u16));
+                }
+            }
+        }
+    };
+}
+
+f16_instructions!(f16c, "f16c", 8, _mm256_cvtph_ps, _mm256_cvtps_ph);
+f16_instructions!(avx512, "avx512f", 16, _mm512_cvtph_ps, _mm512_cvtps_ph);
 
 // `half` converts value by value, with branches or an instruction behind a function. These have
 // neither, so that a loop around them works on whole registers.
@@ -201,6 +332,90 @@ mod tests {
                     ours.to_bits() == truth.to_bits() || ours.is_nan() && truth.is_nan(),
                     "{value:e}: bf16 {ours:?}, expected {truth:?}"
                 );
+            }
+        }
+    }
+
+    /// Conversions of whole slices.
+    struct Way {
+        name: &'static str,
+        widen: fn(&[f16], &mut [f32]),
+        narrow: fn(&[f32], &mut [MaybeUninit<f16>]),
+    }
+
+    /// What is taken on this machine, and what it could take besides.
+    fn ways() -> Vec<Way> {
+        let mut ways = vec![Way {
+            name: "taken",
+            widen,
+            narrow,
+        }];
+        #[cfg(target_arch = "x86_64")]
+        {
+            if is_x86_feature_detected!("f16c") {
+                ways.push(Way {
+                    name: "f16c",
+                    // SAFETY: the CPU has the feature; so it does below.
+                    widen: |values, reals| unsafe { f16c::widen(values, reals) },
+                    // SAFETY: as above.
+                    narrow: |reals, values| unsafe { f16c::narrow(reals, values) },
+                });
+            }
+            if is_x86_feature_detected!("avx512f") {
+                ways.push(Way {
+                    name: "avx512",
+                    // SAFETY: as above.
+                    widen: |values, reals| unsafe { avx512::widen(values, reals) },
+                    // SAFETY: as above.
+                    narrow: |reals, values| unsafe { avx512::narrow(reals, values) },
+                });
+            }
+        }
+        ways
+    }
+
+    /// So that all values are converted one by one, side by side, and both.
+    const LENS: [usize; 3] = [1, 23, F16_CHUNK];
+
+    #[test]
+    fn slices_of_every_f16_become_what_its_values_become() {
+        let values: Vec<_> = (0..=u16::MAX).map(f16::from_bits).collect();
+        for (way, len) in ways().iter().flat_map(|way| LENS.map(|len| (way, len))) {
+            for values in values.chunks(len) {
+                let mut reals = vec![0.5; values.len()];
+                (way.widen)(values, &mut reals);
+                for (real, value) in reals.iter().zip(values) {
+                    let truth = f16_to_f32(*value);
+                    assert!(
+                        real.to_bits() == truth.to_bits() || real.is_nan() && truth.is_nan(),
+                        "{}, {len} at once, {:#06x}: {real:e}",
+                        way.name,
+                        value.to_bits()
+                    );
+                }
+            }
+        }
+    }
+
+    #[test]
+    fn slices_are_rounded_as_their_values_are() {
+        let lowers = [0, 1, 0x0fff, 0x1000, 0x1001, 0x2fff, 0x3000, 0x3001, 0xffff];
+        let reals: Vec<_> = (0..=u32::from(u16::MAX))
+            .flat_map(|upper| lowers.map(|lower| f32::from_bits(upper << 16 | lower)))
+            .collect();
+        for (way, len) in ways().iter().flat_map(|way| LENS.map(|len| (way, len))) {
+            for reals in reals.chunks(len) {
+                let mut values = vec![MaybeUninit::new(f16::PI); reals.len()];
+                (way.narrow)(reals, &mut values);
+                for (value, real) in values.iter().zip(reals) {
+                    // SAFETY: it was initialised above.
+                    let (value, truth) = (unsafe { value.assume_init() }, f32_to_f16(*real));
+                    assert!(
+                        value.to_bits() == truth.to_bits() || value.is_nan() && truth.is_nan(),
+                        "{}, {len} at once, {real:e}: {value:?}, expected {truth:?}",
+                        way.name
+                    );
+                }
             }
         }
     }

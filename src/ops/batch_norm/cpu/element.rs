@@ -59,8 +59,8 @@ impl<A: Real> ChannelGrad<A> {
 
 /// What belongs to the channel of each value of a slice: the same for a plane, one each for a row.
 pub(super) trait Channels<C>: Copy {
-    /// Those of the first `len` values: with this before a loop, the compiler knows their number.
-    fn first(self, len: usize) -> Self;
+    /// Those of a part of the values: with this before a loop, the compiler knows their number.
+    fn part(self, range: Range<usize>) -> Self;
     fn at(&self, index: usize) -> C;
 }
 
@@ -70,7 +70,7 @@ pub(super) struct Same<C>(pub C);
 
 impl<C: Copy> Channels<C> for Same<C> {
     #[inline(always)]
-    fn first(self, _len: usize) -> Self {
+    fn part(self, _range: Range<usize>) -> Self {
         self
     }
 
@@ -90,6 +90,16 @@ fn relu<A: Real>(v: A) -> A {
     }
 }
 
+/// The ranges of `len` values that are converted at once.
+#[inline(always)]
+fn chunks<T: Element>(len: usize) -> impl Iterator<Item = Range<usize>> {
+    let starts = (0..len).step_by(T::CHUNK);
+    starts.map(
+        #[inline(always)]
+        move |start| start..start + T::CHUNK.min(len - start),
+    )
+}
+
 /// Writes `y` for one slice: `activation(normalise(x) + residual)`.
 #[inline(always)]
 pub(super) fn write_y<T: Element>(
@@ -99,45 +109,31 @@ pub(super) fn write_y<T: Element>(
     channels: impl Channels<Channel<T::Real>>,
     activation: Activation,
 ) {
-    let channels = channels.first(y.len());
-    // One loop per case, so that each of them vectorises.
-    let normalise = |i: usize, x: T| channels.at(i).normalise(x.to_real());
-    match (residual, activation) {
-        (None, Activation::Identity) => map1(y, x, normalise),
-        (None, Activation::Relu) => map1(y, x, |i, x| relu(normalise(i, x))),
-        (Some(residual), Activation::Identity) => {
-            map2(y, x, residual, |i, x, r| normalise(i, x) + r.to_real())
+    let [mut x_room, mut r_room, mut y_room] = [T::ROOM; 3];
+    for range in chunks::<T>(y.len()) {
+        let (channels, y) = (channels.part(range.clone()), &mut y[range.clone()]);
+        let x = T::load(&x[range.clone()], &mut x_room);
+        let normalise = |i| channels.at(i).normalise(x(i));
+        let residual = residual.map(|residual| T::load(&residual[range], &mut r_room));
+        // One loop per case, so that each of them vectorises.
+        match (residual, activation) {
+            (None, Activation::Identity) => T::store(y, &mut y_room, normalise),
+            (None, Activation::Relu) => T::store(y, &mut y_room, |i| relu(normalise(i))),
+            (Some(r), Activation::Identity) => {
+                T::store(y, &mut y_room, |i| normalise(i) + r(i));
+            }
+            (Some(r), Activation::Relu) => {
+                T::store(y, &mut y_room, |i| relu(normalise(i) + r(i)));
+            }
         }
-        (Some(residual), Activation::Relu) => map2(y, x, residual, |i, x, r| {
-            relu(normalise(i, x) + r.to_real())
-        }),
-    }
-}
-
-#[inline(always)]
-fn map1<T: Element>(out: &mut [MaybeUninit<T>], a: &[T], f: impl Fn(usize, T) -> T::Real) {
-    let a = &a[..out.len()];
-    for (i, out) in out.iter_mut().enumerate() {
-        out.write(T::from_real(f(i, a[i])));
-    }
-}
-
-#[inline(always)]
-fn map2<T: Element>(
-    out: &mut [MaybeUninit<T>],
-    a: &[T],
-    b: &[T],
-    f: impl Fn(usize, T, T) -> T::Real,
-) {
-    let (a, b) = (&a[..out.len()], &b[..out.len()]);
-    for (i, out) in out.iter_mut().enumerate() {
-        out.write(T::from_real(f(i, a[i], b[i])));
     }
 }
 
 /// `dy` behind the activation, `g`: zero where the ReLU cut off.
 pub(super) trait Mask<T: Element>: Copy + Send + Sync {
-    fn g(x: T, dy: T, y: T, channel: &Channel<T::Real>) -> T::Real;
+    /// Whether it is read from `y`, which otherwise is not asked for.
+    const READS_Y: bool;
+    fn g(x: T::Real, dy: T::Real, y: impl Fn() -> T::Real, channel: &Channel<T::Real>) -> T::Real;
 }
 
 /// No activation.
@@ -153,24 +149,26 @@ pub(super) struct FromInput;
 pub(super) struct FromOutput;
 
 impl<T: Element> Mask<T> for NoMask {
+    const READS_Y: bool = false;
     #[inline(always)]
-    fn g(_: T, dy: T, _: T, _: &Channel<T::Real>) -> T::Real {
-        dy.to_real()
+    fn g(_: T::Real, dy: T::Real, _: impl Fn() -> T::Real, _: &Channel<T::Real>) -> T::Real {
+        dy
     }
 }
 
 impl<T: Element> Mask<T> for FromInput {
+    const READS_Y: bool = false;
     #[inline(always)]
-    fn g(x: T, dy: T, _: T, channel: &Channel<T::Real>) -> T::Real {
-        let y = channel.normalise(x.to_real());
-        cut(y, T::ROUNDS_TO_ZERO, dy.to_real())
+    fn g(x: T::Real, dy: T::Real, _: impl Fn() -> T::Real, channel: &Channel<T::Real>) -> T::Real {
+        cut(channel.normalise(x), T::ROUNDS_TO_ZERO, dy)
     }
 }
 
 impl<T: Element> Mask<T> for FromOutput {
+    const READS_Y: bool = true;
     #[inline(always)]
-    fn g(_: T, dy: T, y: T, _: &Channel<T::Real>) -> T::Real {
-        cut(y.to_real(), T::Real::ZERO, dy.to_real())
+    fn g(_: T::Real, dy: T::Real, y: impl Fn() -> T::Real, _: &Channel<T::Real>) -> T::Real {
+        cut(y(), T::Real::ZERO, dy)
     }
 }
 
@@ -203,20 +201,48 @@ impl<'a, T: Element> Slice<'a, T> {
         }
     }
 
-    /// Writes `value(index, x, g, channel)` for every value of the slice.
+    /// `x` and `g` of a chunk, by index and channel.
     #[inline(always)]
-    fn write<M: Mask<T>>(
+    pub fn load<'b, M: Mask<T>>(
+        &self,
+        [x_room, dy_room, y_room]: &'b mut [T::Room; 3],
+    ) -> impl Fn(usize, &Channel<T::Real>) -> (T::Real, T::Real) + 'b
+    where
+        'a: 'b,
+    {
+        let (x, dy) = (T::load(self.x, x_room), T::load(self.dy, dy_room));
+        let y = T::load(if M::READS_Y { self.y } else { &[] }, y_room);
+        #[inline(always)]
+        move |i, channel| {
+            let x = x(i);
+            (x, M::g(x, dy(i), || y(i), channel))
+        }
+    }
+
+    /// Writes `value(x, g, channel, grad)` for every value of the slice.
+    #[inline(always)]
+    fn write<M: Mask<T>, G>(
         &self,
         out: &mut [MaybeUninit<T>],
         channels: impl Channels<Channel<T::Real>>,
-        value: impl Fn(usize, T, T::Real, &Channel<T::Real>) -> T,
+        grads: impl Channels<G>,
+        value: impl Fn(T::Real, T::Real, &Channel<T::Real>, G) -> T::Real,
     ) {
-        let Slice { x, dy, y } = self.part(0..out.len());
-        let channels = channels.first(out.len());
-        for (i, out) in out.iter_mut().enumerate() {
-            let channel = channels.at(i);
-            let g = M::g(x[i], dy[i], y[i], &channel);
-            out.write(value(i, x[i], g, &channel));
+        let (mut rooms, mut out_room) = ([T::ROOM; 3], T::ROOM);
+        for range in chunks::<T>(out.len()) {
+            let (channels, grads) = (channels.part(range.clone()), grads.part(range.clone()));
+            let values = self.part(range.clone());
+            let load = values.load::<M>(&mut rooms);
+            T::store(
+                &mut out[range],
+                &mut out_room,
+                #[inline(always)]
+                |i| {
+                    let channel = channels.at(i);
+                    let (x, g) = load(i, &channel);
+                    value(x, g, &channel, grads.at(i))
+                },
+            );
         }
     }
 
@@ -228,9 +254,8 @@ impl<'a, T: Element> Slice<'a, T> {
         channels: impl Channels<Channel<T::Real>>,
         grads: impl Channels<ChannelGrad<T::Real>>,
     ) {
-        let grads = grads.first(dx.len());
-        self.write::<M>(dx, channels, |i, x, g, channel| {
-            T::from_real(grads.at(i).dx(channel, x.to_real(), g))
+        self.write::<M, _>(dx, channels, grads, |x, g, channel, grad| {
+            grad.dx(channel, x, g)
         });
     }
 
@@ -241,8 +266,8 @@ impl<'a, T: Element> Slice<'a, T> {
         dx: &mut [MaybeUninit<T>],
         channels: impl Channels<Channel<T::Real>>,
     ) {
-        self.write::<M>(dx, channels, |_, _, g, channel| {
-            T::from_real(channel.scale * g)
+        self.write::<M, _>(dx, channels, Same(()), |_, g, channel, ()| {
+            channel.scale * g
         });
     }
 
@@ -253,6 +278,104 @@ impl<'a, T: Element> Slice<'a, T> {
         out: &mut [MaybeUninit<T>],
         channels: impl Channels<Channel<T::Real>>,
     ) {
-        self.write::<M>(out, channels, |_, _, g, _| T::from_real(g));
+        self.write::<M, _>(out, channels, Same(()), |_, g, _, ()| g);
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::f16;
+
+    use super::*;
+
+    /// Something else for each index.
+    #[derive(Clone, Copy)]
+    struct ByIndex<F> {
+        start: usize,
+        f: F,
+    }
+
+    impl<C, F: Fn(usize) -> C + Copy> Channels<C> for ByIndex<F> {
+        fn part(self, range: Range<usize>) -> Self {
+            let start = self.start + range.start;
+            Self { start, ..self }
+        }
+
+        fn at(&self, index: usize) -> C {
+            (self.f)(self.start + index)
+        }
+    }
+
+    fn written(len: usize, write: impl FnOnce(&mut [MaybeUninit<f16>])) -> Vec<f16> {
+        let mut out = vec![MaybeUninit::new(f16::PI); len];
+        write(&mut out);
+        // SAFETY: they were initialised above.
+        out.iter().map(|out| unsafe { out.assume_init() }).collect()
+    }
+
+    /// Values in half precision are converted in chunks, of which nothing may be seen.
+    #[test]
+    fn slices_of_any_length_are_their_values_one_by_one() {
+        let values = |step: usize, len: usize| -> Vec<_> {
+            let value = |i: usize| f16::from_f32((i * step % 83) as f32 / 16.0 - 2.5);
+            (0..len).map(value).collect()
+        };
+        let channel = |i: usize| Channel::<f32>::new(0.1 * (i % 7) as f64, 1.5, 0.7, 0.3);
+        let grad = |i: usize| ChannelGrad {
+            mean_g: 0.01 * i as f32,
+            slope: 0.03,
+        };
+        let channels = ByIndex {
+            start: 0,
+            f: channel,
+        };
+        let grads = ByIndex { start: 0, f: grad };
+        for len in [0, 1, 100, f16::CHUNK, f16::CHUNK + 1, 3 * f16::CHUNK + 19] {
+            let (x, dy, y) = (values(37, len), values(29, len), values(53, len));
+            let one_by_one = |f: &dyn Fn(usize, [f32; 3]) -> f32| -> Vec<_> {
+                let value = |i: usize| f(i, [&x, &dy, &y].map(|of| of[i].to_f32()));
+                (0..len).map(|i| f16::from_f32(value(i))).collect()
+            };
+            for (activation, residual) in [
+                (Activation::Identity, false),
+                (Activation::Identity, true),
+                (Activation::Relu, false),
+                (Activation::Relu, true),
+            ] {
+                let r = residual.then_some(&dy[..]);
+                let ours = written(len, |out| write_y(out, &x, r, channels, activation));
+                let truth = one_by_one(&|i, [x, r, _]| {
+                    let y = channel(i).normalise(x);
+                    let y = if residual { y + r } else { y };
+                    match activation {
+                        Activation::Identity => y,
+                        Activation::Relu => y.max(0.0),
+                    }
+                });
+                assert_eq!(ours, truth, "{activation:?}, {residual}, {len}");
+            }
+            let slice = Slice {
+                x: &x,
+                dy: &dy,
+                y: &y,
+            };
+            let ours = written(len, |dx| {
+                slice.write_dx_training::<FromOutput>(dx, channels, grads);
+            });
+            let truth = one_by_one(&|i, [x, dy, y]| {
+                grad(i).dx(&channel(i), x, if y > 0.0 { dy } else { 0.0 })
+            });
+            assert_eq!(ours, truth, "{len}");
+            let ours = written(len, |g| slice.write_g::<FromInput>(g, channels));
+            let truth = one_by_one(&|i, [x, dy, _]| {
+                let y = f16::from_f32(channel(i).normalise(x));
+                if y > f16::ZERO {
+                    dy
+                } else {
+                    0.0
+                }
+            });
+            assert_eq!(ours, truth, "{len}");
+        }
     }
 }

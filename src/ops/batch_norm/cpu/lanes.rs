@@ -32,9 +32,11 @@ impl Sum {
     /// Adds `f` of every value.
     #[inline(always)]
     pub fn add<T: Element>(&mut self, values: &[T], f: impl Fn(f64) -> f64) {
+        let mut room = T::ROOM;
         for chunk in values.chunks(LANES) {
-            for (lane, value) in self.0.iter_mut().zip(chunk) {
-                *lane += f(value.to_f64());
+            let (lanes, values) = (&mut self.0[..chunk.len()], T::load(chunk, &mut room));
+            for i in 0..chunk.len() {
+                lanes[i] += f(values(i).to_f64());
             }
         }
     }
@@ -63,13 +65,16 @@ impl GradSums {
         channel: &Channel<T::Real>,
         mean: f64,
     ) {
-        let chunks = slice.x.chunks(LANES).zip(slice.dy.chunks(LANES));
-        for ((x, dy), y) in chunks.zip(slice.y.chunks(LANES)) {
-            let lanes = self.g.0.iter_mut().zip(&mut self.gx.0);
-            for ((lanes, (&x, &dy)), &y) in lanes.zip(x.iter().zip(dy)).zip(y) {
-                let g = M::g(x, dy, y, channel).to_f64();
-                *lanes.0 += g;
-                *lanes.1 += g * (x.to_f64() - mean);
+        let mut rooms = [T::ROOM; 3];
+        for start in (0..slice.x.len()).step_by(LANES) {
+            let len = LANES.min(slice.x.len() - start);
+            let values = slice.part(start..start + len);
+            let load = values.load::<M>(&mut rooms);
+            let (gs, gxs) = (&mut self.g.0[..len], &mut self.gx.0[..len]);
+            for i in 0..len {
+                let (x, g) = load(i, channel);
+                gs[i] += g.to_f64();
+                gxs[i] += g.to_f64() * (x.to_f64() - mean);
             }
         }
     }

@@ -5,6 +5,10 @@
 //! among threads stands in [`sweep`]; where its channels lie, in [`planes`] and [`columns`]; what is
 //! computed per value, in [`element`].
 
+// With an index below a length, the compiler leaves out the checks of bounds behind closures; with
+// an enumerated iterator it keeps them, and a scalar rest of each loop.
+#![allow(clippy::needless_range_loop)]
+
 mod columns;
 mod convert;
 mod element;
