@@ -7,19 +7,36 @@ use crate::ops::output::Output;
 use crate::ops::parallel::for_each;
 use crate::ops::slices::vectorised;
 
+/// Pixels of a task, about.
+const PART: usize = 1 << 13;
+
+/// Runs `task` for some planes at a time, on all threads.
+fn for_planes(windows: &Windows, pixels: usize, task: impl Fn(std::ops::Range<usize>) + Sync) {
+    let planes = pixels / windows.inputs();
+    let together = (PART / windows.inputs()).max(1);
+    for_each(planes.div_ceil(together), pixels, |part| {
+        task(part * together..planes.min((part + 1) * together))
+    });
+}
+
 /// The output, plane by plane.
 pub(super) fn forward<T: WithDType + Default>(windows: &Windows, x: &[T]) -> Vec<T> {
     let (inputs, outputs) = (windows.inputs(), windows.outputs());
-    let planes = x.len() / inputs;
-    let mut y = Output::new(planes * outputs);
+    let mut y = Output::new(x.len() / inputs * outputs);
     let parts = y.parts();
-    for_each(planes, x.len(), |plane| {
-        // SAFETY: each plane is one task's.
-        let y = unsafe { parts.part(plane * outputs..(plane + 1) * outputs) };
+    for_planes(windows, x.len(), |planes| {
         vectorised(
             #[inline(always)]
-            || windows.forward(&x[plane * inputs..][..inputs], y, &mut Vec::new()),
-        );
+            || {
+                let mut scratch = Vec::new();
+                for plane in planes {
+                    let x = &x[plane * inputs..][..inputs];
+                    // SAFETY: each plane is one task's.
+                    let y = unsafe { parts.part(plane * outputs..(plane + 1) * outputs) };
+                    windows.forward(x, y, &mut scratch);
+                }
+            },
+        )
     });
     // SAFETY: every plane has been written, as many rows and columns as it has windows.
     unsafe { y.finish() }
@@ -30,15 +47,20 @@ pub(super) fn backward<T: WithDType + Default>(windows: &Windows, x: &[T], dy: &
     let (inputs, outputs) = (windows.inputs(), windows.outputs());
     let mut dx = Output::new(x.len());
     let parts = dx.parts();
-    for_each(x.len() / inputs, x.len(), |plane| {
-        let x = &x[plane * inputs..][..inputs];
-        let dy = &dy[plane * outputs..][..outputs];
-        // SAFETY: each plane is one task's.
-        let dx = unsafe { parts.part(plane * inputs..(plane + 1) * inputs) };
+    for_planes(windows, x.len(), |planes| {
         vectorised(
             #[inline(always)]
-            || windows.backward(x, dy, dx, &mut Vec::new()),
-        );
+            || {
+                let mut scratch = Vec::new();
+                for plane in planes {
+                    let x = &x[plane * inputs..][..inputs];
+                    let dy = &dy[plane * outputs..][..outputs];
+                    // SAFETY: each plane is one task's.
+                    let dx = unsafe { parts.part(plane * inputs..(plane + 1) * inputs) };
+                    windows.backward(x, dy, dx, &mut scratch);
+                }
+            },
+        )
     });
     // SAFETY: every plane has been written: the rows with windows, then the rest.
     unsafe { dx.finish() }

@@ -12,10 +12,9 @@ use super::windows::{wins, zero, Pixel};
 #[inline(always)]
 pub(super) fn forward<T: Pixel>(x: &[T], w: usize, y: &mut [MaybeUninit<T>], scratch: &mut Vec<T>) {
     let windows = y.len();
-    let (pairs, rows) = room(scratch, windows);
-    let (upper, lower) = rows.split_at_mut(windows);
+    let [pairs, upper, lower] = room(scratch, windows);
     maxima_of_pairs(x, w, pairs);
-    split(pairs, w / 2, upper, lower);
+    split(pairs, windows, w / 2, upper, lower);
     for i in 0..windows {
         let (upper, lower) = (upper[i], lower[i]);
         y[i].write(if wins(lower, upper) { lower } else { upper });
@@ -32,17 +31,16 @@ pub(super) fn backward<T: Pixel>(
     scratch: &mut Vec<T>,
 ) {
     let windows = dy.len();
-    let (pairs, rows) = room(scratch, windows);
-    let (upper, lower) = rows.split_at_mut(windows);
+    let [pairs, upper, lower] = room(scratch, windows);
     maxima_of_pairs(x, w, pairs);
-    split(pairs, w / 2, upper, lower);
+    split(pairs, windows, w / 2, upper, lower);
     // The gradients of the pairs take the place of their maxima.
     for i in 0..windows {
         let (dy, lower_wins) = (dy[i], wins(lower[i], upper[i]));
         upper[i] = if lower_wins { T::default() } else { dy };
         lower[i] = if lower_wins { dy } else { T::default() };
     }
-    join(upper, lower, w / 2, pairs);
+    join(upper, lower, windows, w / 2, pairs);
     let (run, per_run) = runs(x.len(), w);
     for index in 0..x.len() / run {
         let (dx, rest) = dx[index * run..][..run].split_at_mut(2 * per_run);
@@ -57,10 +55,26 @@ pub(super) fn backward<T: Pixel>(
     }
 }
 
-/// Room for the two pairs of every window, in the order of the rows, and once more: upper, lower.
-fn room<T: Pixel>(scratch: &mut Vec<T>, windows: usize) -> (&mut [T], &mut [T]) {
-    scratch.resize(4 * windows, T::default());
-    scratch.split_at_mut(2 * windows)
+/// Values that are copied together: a register or two.
+const WIDE: usize = 16;
+
+/// Room for the two pairs of every window, in the order of the rows, and once more: upper ones, lower
+/// ones. [`copy`] may write and read beyond the end of each.
+#[inline(always)]
+fn room<T: Pixel>(scratch: &mut Vec<T>, windows: usize) -> [&mut [T]; 3] {
+    scratch.resize(4 * windows + 3 * WIDE, T::default());
+    let (pairs, rows) = scratch.split_at_mut(2 * windows + WIDE);
+    let (upper, lower) = rows.split_at_mut(windows + WIDE);
+    [pairs, upper, lower]
+}
+
+/// Copies `len` values, and what follows them up to a whole number of registers: the rows of a plane
+/// are too short for a call.
+#[inline(always)]
+fn copy<T: Pixel>(from: &[T], to: &mut [T], len: usize) {
+    for at in (0..len).step_by(WIDE) {
+        to[at..at + WIDE].copy_from_slice(&from[at..at + WIDE]);
+    }
 }
 
 /// The pixels that can be gone through in one run, and the pairs in it: all of them, but a row at a
@@ -83,20 +97,20 @@ fn maxima_of_pairs<T: Pixel>(x: &[T], w: usize, maxima: &mut [T]) {
     }
 }
 
-/// Copies rows of `len`, in turns to `upper` and to `lower`.
-fn split<T: Pixel>(rows: &[T], len: usize, upper: &mut [T], lower: &mut [T]) {
-    let to = upper.chunks_exact_mut(len).zip(lower.chunks_exact_mut(len));
-    for (rows, (upper, lower)) in rows.chunks_exact(2 * len).zip(to) {
-        upper.copy_from_slice(&rows[..len]);
-        lower.copy_from_slice(&rows[len..]);
+/// Copies rows of `len` of two for each of `windows`, in turns to `upper` and to `lower`.
+#[inline(always)]
+fn split<T: Pixel>(rows: &[T], windows: usize, len: usize, upper: &mut [T], lower: &mut [T]) {
+    for start in (0..windows).step_by(len) {
+        copy(&rows[2 * start..], &mut upper[start..], len);
+        copy(&rows[2 * start + len..], &mut lower[start..], len);
     }
 }
 
 /// The way back.
-fn join<T: Pixel>(upper: &[T], lower: &[T], len: usize, rows: &mut [T]) {
-    let from = upper.chunks_exact(len).zip(lower.chunks_exact(len));
-    for (rows, (upper, lower)) in rows.chunks_exact_mut(2 * len).zip(from) {
-        rows[..len].copy_from_slice(upper);
-        rows[len..].copy_from_slice(lower);
+#[inline(always)]
+fn join<T: Pixel>(upper: &[T], lower: &[T], windows: usize, len: usize, rows: &mut [T]) {
+    for start in (0..windows).step_by(len) {
+        copy(&upper[start..], &mut rows[2 * start..], len);
+        copy(&lower[start..], &mut rows[2 * start + len..], len);
     }
 }

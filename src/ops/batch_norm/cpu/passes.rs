@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::convert::{Element, Real};
 use super::element::{write_y, Channel, ChannelGrad, Channels, Mask};
-use super::pooling::{outputs, Scratch, Tensors};
+use super::pooling::{outputs, Scratch, Tensors, Unpooled};
 use super::rows::{by_channel, channel_row, copy, grad_row, merge_moments};
 use super::rows::{ChannelRow, GradRow, Pair};
 use super::sweep::{Division, Tile};
@@ -182,7 +182,12 @@ pub(super) fn backward<L: Summing, T: Element, M: Mask<T>>(
             wants_sums.then(|| {
                 vectorised(
                     #[inline(always)]
-                    || tiling.grad_sums::<T, M>(Tensors::new(job), tile, &rows[tile.group]),
+                    || {
+                        let kept = dx_parts.map_or(Unpooled::Once, Unpooled::Keep);
+                        // SAFETY: no two runs of any two tiles overlap.
+                        let tensors = unsafe { Tensors::new(job, kept) };
+                        tiling.grad_sums::<T, M>(tensors, tile, &rows[tile.group])
+                    },
                 )
             })
         },
@@ -196,7 +201,11 @@ pub(super) fn backward<L: Summing, T: Element, M: Mask<T>>(
             vectorised(
                 #[inline(always)]
                 || {
-                    let mut tensors = Tensors::new(job);
+                    let kept = dx_parts.filter(|_| wants_sums);
+                    let kept = kept.map_or(Unpooled::Once, Unpooled::Kept);
+                    // SAFETY: as above, and the sums of a tile come before this. `run` gives the
+                    // part that it asks for back before `dx` is written.
+                    let mut tensors = unsafe { Tensors::new(job, kept) };
                     for (run, at) in tiling.runs(tile) {
                         let channels = tiling.at(&rows[tile.group], at);
                         let slice = tensors.run(run.clone(), channels);

@@ -9,6 +9,7 @@ use super::element::{write_y, Channel, Channels, Slice};
 use super::Backward;
 use crate::ops::batch_norm::Activation;
 use crate::ops::max_pool2d::windows::Windows;
+use crate::ops::output::Parts;
 
 /// The windows of a plane among those of all planes.
 pub(super) fn outputs(windows: &Windows, plane: &Range<usize>) -> Range<usize> {
@@ -16,12 +17,17 @@ pub(super) fn outputs(windows: &Windows, plane: &Range<usize>) -> Range<usize> {
     start..start + windows.outputs()
 }
 
-/// Room for a plane of the output before pooling.
-pub(super) struct Scratch<T>(Vec<T>);
+/// Room for a plane.
+pub(super) struct Scratch<T>(Vec<MaybeUninit<T>>);
 
 impl<T: Element> Scratch<T> {
     pub fn new() -> Self {
         Self(Vec::new())
+    }
+
+    fn room(&mut self, len: usize) -> &mut [MaybeUninit<T>] {
+        self.0.resize_with(len, MaybeUninit::uninit);
+        &mut self.0
     }
 
     /// The normalised and activated plane `x`.
@@ -32,43 +38,41 @@ impl<T: Element> Scratch<T> {
         channels: impl Channels<Channel<T::Real>>,
         activation: Activation,
     ) -> &[T] {
+        let y = self.room(x.len());
+        write_y(y, x, None, channels, activation);
         // SAFETY: `write_y` writes every value.
-        unsafe {
-            self.fill(
-                x.len(),
-                #[inline(always)]
-                |y| write_y(y, x, None, channels, activation),
-            )
-        }
-    }
-
-    /// Values that `write` writes.
-    ///
-    /// # Safety
-    /// It writes all of them.
-    #[inline(always)]
-    unsafe fn fill(&mut self, len: usize, write: impl FnOnce(&mut [MaybeUninit<T>])) -> &[T] {
-        self.0.clear();
-        self.0.reserve(len);
-        write(&mut self.0.spare_capacity_mut()[..len]);
-        // SAFETY: there is room for them, and the caller says that they are written.
-        unsafe { self.0.set_len(len) };
-        &self.0
+        unsafe { written(y) }
     }
 }
 
 /// The tensors that the backward pass reads, `dy` as it is before the pooling.
 pub(super) struct Tensors<'a, T> {
     job: &'a Backward<'a, T>,
+    unpooled: Unpooled<'a, T>,
     y: Scratch<T>,
     dy: Scratch<T>,
     maxima: Vec<T>,
 }
 
+/// What becomes of the `dy` of a plane before the pooling, which two passes need.
+#[derive(Clone, Copy)]
+pub(super) enum Unpooled<'a, T> {
+    /// It is computed and forgotten.
+    Once,
+    /// It is computed and kept in the place of the plane's `dx`.
+    Keep(Parts<'a, T>),
+    /// It has been kept there.
+    Kept(Parts<'a, T>),
+}
+
 impl<'a, T: Element> Tensors<'a, T> {
-    pub fn new(job: &'a Backward<'a, T>) -> Self {
+    /// # Safety
+    /// Nobody else holds the parts of an [`Unpooled`] that [`run`](Self::run) asks for, and what is
+    /// said to be kept is kept.
+    pub unsafe fn new(job: &'a Backward<'a, T>, unpooled: Unpooled<'a, T>) -> Self {
         Self {
             job,
+            unpooled,
             y: Scratch::new(),
             dy: Scratch::new(),
             maxima: Vec::new(),
@@ -96,17 +100,29 @@ impl<'a, T: Element> Tensors<'a, T> {
         let Some(windows) = &spec.windows else {
             return self.whole().part(run);
         };
+        let x = &self.job.x[run.clone()];
         let dy = &self.job.dy[outputs(windows, &run)];
-        let x = &self.job.x[run];
-        let y = self.y.output(x, channels, spec.activation);
-        // SAFETY: `backward` writes every value.
-        let dy = unsafe {
-            self.dy.fill(
-                x.len(),
-                #[inline(always)]
-                |dx| windows.backward(y, dy, dx, &mut self.maxima),
-            )
+        let unpooled = match self.unpooled {
+            Unpooled::Once | Unpooled::Kept(_) => self.dy.room(x.len()),
+            // SAFETY: the part is nobody else's, says the caller of `new`.
+            Unpooled::Keep(parts) => unsafe { parts.part(run.clone()) },
         };
+        if let Unpooled::Kept(parts) = self.unpooled {
+            // SAFETY: as above.
+            unpooled.copy_from_slice(unsafe { parts.part(run) });
+        } else {
+            let y = self.y.output(x, channels, spec.activation);
+            windows.backward(y, dy, unpooled, &mut self.maxima);
+        }
+        // SAFETY: `backward` writes every value, here or before the copy.
+        let dy = unsafe { written(unpooled) };
         Slice { x, dy, y: x }
     }
+}
+
+/// # Safety
+/// Every value has been written.
+unsafe fn written<T>(values: &[MaybeUninit<T>]) -> &[T] {
+    // SAFETY: `MaybeUninit<T>` has the layout of `T`, and the values are written.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), values.len()) }
 }
