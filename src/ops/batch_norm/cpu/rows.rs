@@ -32,6 +32,10 @@ pub(super) struct GradRow<L: Tiling, A: Real> {
 pub(super) fn copy<L: Tiling>(tiling: &L, values: &[f64]) -> L::Row<f64> {
     let repeats = tiling.repeats();
     let mut row = tiling.row(values.len() * repeats);
+    if repeats == 1 {
+        row.as_mut().copy_from_slice(values);
+        return row;
+    }
     for (entries, value) in row.as_mut().chunks_exact_mut(repeats).zip(values) {
         entries.fill(*value);
     }
@@ -44,11 +48,17 @@ pub(super) fn by_channel<L: Tiling, G>(
     groups: &[G],
     rows: fn(&G) -> [&[f64]; 2],
 ) -> Vec<f64> {
-    let row = |index: usize| {
-        let entries = groups.iter().map(move |group| rows(group)[index]);
-        entries.flat_map(|row| row.iter().step_by(tiling.repeats()))
-    };
-    row(0).chain(row(1)).copied().collect()
+    let mut values = Vec::new();
+    for index in 0..2 {
+        for group in groups {
+            let row = rows(group)[index];
+            match tiling.repeats() {
+                1 => values.extend_from_slice(row),
+                repeats => values.extend(row.iter().step_by(repeats)),
+            }
+        }
+    }
+    values
 }
 
 /// Mean and biased variance of a group from the moments of its parts, and of the columns of each
