@@ -50,7 +50,7 @@ pub mod ops;
 mod shape;
 
 pub use layers::{batch_norm, BatchNorm, BatchNormConfig, Freeze};
-pub use ops::Activation;
+pub use ops::{backward, Activation};
 
 /// The README's example runs as a test.
 #[cfg(doctest)]

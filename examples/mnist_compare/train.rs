@@ -4,6 +4,7 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::time::Instant;
 
 use anyhow::Result;
+use candle_batch_norm::backward;
 use candle_batch_norm::models::{Architecture, Model};
 use candle_batch_norm::ops::cross_entropy;
 use candle_core::{DType, Device, ModuleT, Tensor};
@@ -149,7 +150,7 @@ fn train_epoch(
         let (x, labels) = data.train.batch(indices, run.input_shape(), &run.device)?;
         let logits = run.model.forward_t(&x, true)?;
         let loss = cross_entropy(&logits, &labels)?;
-        run.sgd.step(&loss.backward()?)?;
+        run.sgd.step(&backward(&loss)?)?;
         sums.add(&logits, &labels, &loss)?;
         if (step + 1) % STEPS_BETWEEN_READS == 0 || step + 1 == batches.len() {
             sums.read()?;

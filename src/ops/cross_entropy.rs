@@ -3,6 +3,7 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, WithDType};
 
+use super::backward::gradient_of;
 use super::output::Output;
 use super::parallel::{for_each, map};
 use super::slices::{dispatch, tensor, values, with_values};
@@ -116,7 +117,7 @@ impl CustomOp2 for CrossEntropy {
             logits.dtype(),
             backward(logits, labels, &dloss, self.classes)
         )?;
-        Ok((Some(dlogits), None))
+        Ok((gradient_of(logits, Some(dlogits)), None))
     }
 }
 

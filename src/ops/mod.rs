@@ -1,5 +1,6 @@
 //! The fused operations, below the layers: one candle custom op per operation, with its gradient.
 
+mod backward;
 mod batch_norm;
 mod conv2d;
 mod cross_entropy;
@@ -11,6 +12,7 @@ mod relu;
 pub(crate) mod slices;
 mod weighted;
 
+pub use backward::backward;
 pub use batch_norm::{
     batch_norm_inference, batch_norm_train, batch_norm_vjp, Activation, BatchNormArgs,
     BatchNormGrads, BatchNormPullback, BatchStats,

@@ -5,6 +5,7 @@ use std::mem::MaybeUninit;
 use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType};
 
+use super::backward::gradient_of;
 use super::output::Output;
 use super::parallel::for_each;
 use super::slices::{check_float, dispatch, tensor, values, vectorised, with_values};
@@ -63,7 +64,8 @@ impl CustomOp1 for Relu {
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let dy = dy.detach().contiguous()?;
-        dispatch!(NAME, x.dtype(), backward(x, &dy)).map(Some)
+        let dx = dispatch!(NAME, x.dtype(), backward(x, &dy))?;
+        Ok(gradient_of(x, Some(dx)))
     }
 }
 

@@ -6,6 +6,7 @@ use candle_core::{
     bail, CpuStorage, CustomOp3, DType, Layout, Result, Shape, Storage, Tensor, WithDType,
 };
 
+use super::backward::gradient_of;
 use super::slices::{tensor, values};
 
 /// Which gradients somebody asked for.
@@ -131,10 +132,15 @@ impl<W: Weighted<f32> + Weighted<f64>> CustomOp3 for WeightedOp<W> {
             dbias: self.has_bias && bias.track_op(),
         };
         let dy = dy.detach().contiguous()?;
-        dispatch!(
+        let (dx, dweight, dbias) = dispatch!(
             dy.dtype(),
             self.backward([x, weight, &dy], bias.shape(), wants)
-        )
+        )?;
+        Ok((
+            gradient_of(x, dx),
+            gradient_of(weight, dweight),
+            gradient_of(bias, dbias),
+        ))
     }
 }
 

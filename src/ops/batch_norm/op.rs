@@ -7,6 +7,7 @@ use candle_core::CudaStorage;
 use candle_core::{bail, CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor};
 
 use super::{host, Activation, Spec, Wants};
+use crate::ops::backward::gradient_of;
 
 /// Where weight and bias stand among the op's arguments, as far as there are any.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -215,7 +216,12 @@ impl CustomOp3 for BatchNormOp {
             dresidual: self.has_residual && third.track_op(),
         };
         let grads = self.gradients([x, second, third], y, &dy.detach(), saved, wants)?;
-        self.assign(grads)
+        let (dx, dsecond, dthird) = self.assign(grads)?;
+        Ok((
+            gradient_of(x, dx),
+            gradient_of(second, dsecond),
+            gradient_of(third, dthird),
+        ))
     }
 }
 

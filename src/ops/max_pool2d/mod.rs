@@ -10,6 +10,7 @@ use candle_core::{
     WithDType,
 };
 
+use super::backward::gradient_of;
 use super::slices::{check_float, dispatch, tensor, values, with_values};
 use windows::Windows;
 
@@ -115,7 +116,8 @@ impl CustomOp1 for MaxPool {
     }
 
     fn bwd(&self, x: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        max_pool2d_gradient(&self.0, x, y, dy).map(Some)
+        let dx = max_pool2d_gradient(&self.0, x, y, dy)?;
+        Ok(gradient_of(x, Some(dx)))
     }
 }
 
