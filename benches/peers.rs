@@ -6,7 +6,8 @@
 //! microseconds, or a line that begins with `error`. The layers are `ours` and `candle-nn`, the passes:
 //!
 //! - `fwd`: the forward pass in training, with its graph and the running statistics;
-//! - `all`: forward with a ReLU, and backward through candle's autograd, which brings ones for `dy`;
+//! - `all`: forward with a ReLU, and backward through candle's autograd, ours by `backward`; candle brings
+//!   ones for `dy`;
 //! - `vjp`: the same without autograd, for a given `dy`;
 //! - `eval`: the forward pass with the running statistics;
 //! - `copy`: a copy of the tensor on all threads, for the bandwidth.

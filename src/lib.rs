@@ -26,7 +26,8 @@
 //! | module | what |
 //! |---|---|
 //! | [`layers`] | [`BatchNorm`], built by [`batch_norm`], with running statistics, freezing and conversions; [`layers::Conv2d`], [`layers::Linear`] |
-//! | [`ops`] | [`ops::batch_norm_train`], [`ops::batch_norm_inference`], [`ops::conv2d`], [`ops::linear`], [`ops::max_pool2d`], [`ops::relu`] and [`ops::cross_entropy`], the formulas and their gradients |
+//! | [`backward`] | `loss.backward()` in less time |
+//! | [`ops`] | [`ops::batch_norm_train`], [`ops::batch_norm_inference`], [`ops::batch_norm_vjp`], [`ops::conv2d`], [`ops::linear`], [`ops::max_pool2d`], [`ops::relu`] and [`ops::cross_entropy`], the formulas and their gradients |
 //! | [`models`] | the networks of the with/without comparison that the example `mnist_compare` trains |
 //!
 //! # Training and evaluation

@@ -2,6 +2,7 @@
 
 mod common;
 
+use candle_batch_norm::models::{Architecture, Model, ModelConfig, Norm};
 use candle_batch_norm::ops::{
     batch_norm_inference, batch_norm_train, batch_norm_vjp, max_pool2d, Activation, BatchNormArgs,
 };
@@ -12,12 +13,15 @@ use common::{assert_close, assert_error, devices, random, rounding, tensor, valu
 
 const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::BF16, DType::F16];
 
-/// `[n, c, h, w]` and the kernel: even and odd sides, planes shorter than a register and longer than
-/// a task's share, more channels than threads and fewer.
-const SHAPES: [([usize; 4], usize); 9] = [
+/// `[n, c, h, w]` and the kernel: even and odd sides, planes that are too small and too large for one
+/// op, the smallest and one longer than a task's share, more channels than threads and fewer.
+const SHAPES: [([usize; 4], usize); 12] = [
     ([2, 1, 2, 2], 2),
-    ([3, 2, 3, 5], 2),
     ([4, 3, 7, 7], 2),
+    ([3, 2, 8, 8], 2),
+    ([3, 2, 5, 13], 2),
+    ([2, 3, 35, 3], 2),
+    ([2, 1, 260, 255], 2),
     ([2, 20, 28, 28], 2),
     ([5, 4, 14, 18], 2),
     ([2, 2, 97, 101], 2),
@@ -143,8 +147,8 @@ fn one_op_as_two() -> Result<()> {
                     let c = shape[1];
                     let x = var(&case.x, &shape, dtype, device)?;
                     let residual = var(&random(7, case.x.len(), 0.0), &shape, dtype, device)?;
-                    let weight = tensor(&random(2, c, 0.3), &[c], dtype, device)?;
-                    let bias = tensor(&random(3, c, 0.0), &[c], dtype, device)?;
+                    let weight = var(&random(2, c, 0.3), &[c], dtype, device)?;
+                    let bias = var(&random(3, c, 0.0), &[c], dtype, device)?;
                     let two = BatchNormArgs {
                         weight: Some(&weight),
                         bias: Some(&bias),
@@ -167,23 +171,40 @@ fn one_op_as_two() -> Result<()> {
 
                     let dy = random(8, y_one.elem_count(), 0.0);
                     let dy = tensor(&dy, y_one.dims(), dtype, device)?;
-                    let dx = |y: &Tensor| -> Result<_> {
+                    let gradients = |y: &Tensor| -> Result<_> {
                         let grads = (y * &dy)?.sum_all()?.backward()?;
                         let dx = values(grads.get(&x).expect("a gradient"))?;
+                        let dweight = values(grads.get(&weight).expect("a gradient"))?;
+                        let dbias = values(grads.get(&bias).expect("a gradient"))?;
                         let dresidual = grads.get(&residual).map(values).transpose()?;
-                        Ok((dx, dresidual))
+                        Ok((dx, [dweight, dbias].concat(), dresidual))
                     };
-                    let (one_dx, two_dx) = (dx(&y_one)?, dx(&y_two)?);
+                    let (of_one, of_two) = (gradients(&y_one)?, gradients(&y_two)?);
                     let tolerance = rounding(dtype);
-                    assert_close(&at, &one_dx.0, &two_dx.0, tolerance, tolerance);
-                    assert_eq!(one_dx.1, two_dx.1, "{at}");
+                    assert_close(&at, &of_one.0, &of_two.0, tolerance, tolerance);
+                    assert_close(&at, &of_one.1, &of_two.1, tolerance, tolerance);
+                    assert_eq!(of_one.2, of_two.2, "{at}");
+
+                    // The same gradients of the parameters where the input is a constant.
+                    let constant = layouts[layout](&x.as_detached_tensor())?;
+                    let (y, _) = batch_norm_train(&constant, &one)?;
+                    let grads = (&y * &dy)?.sum_all()?.backward()?;
+                    let dweight = values(grads.get(&weight).expect("a gradient"))?;
+                    let dbias = values(grads.get(&bias).expect("a gradient"))?;
+                    assert_eq!([dweight, dbias].concat(), of_one.1, "{at}");
 
                     let (y, _, pullback) = batch_norm_vjp(&laid_out, &one)?;
                     assert_eq!(values(&y)?, values(&y_one)?, "{at}");
                     let grads = pullback.gradients(&dy)?;
-                    assert_eq!(values(&grads.dx)?, one_dx.0, "{at}");
-                    let dresidual = grads.dresidual.as_ref().map(values).transpose()?;
-                    assert_eq!(dresidual, one_dx.1, "{at}");
+                    let value = |t: &Option<Tensor>| t.as_ref().map(values).transpose();
+                    assert_eq!(values(&grads.dx)?, of_one.0, "{at}");
+                    let params = [value(&grads.dweight)?, value(&grads.dbias)?];
+                    assert_eq!(
+                        params.map(|t| t.unwrap_or_default()).concat(),
+                        of_one.1,
+                        "{at}"
+                    );
+                    assert_eq!(value(&grads.dresidual)?, of_one.2, "{at}");
                 }
             }
         }
@@ -195,10 +216,10 @@ fn one_op_as_two() -> Result<()> {
 #[test]
 fn nan_as_two_ops() -> Result<()> {
     let device = &Device::Cpu;
-    let mut x = random(1, 2 * 3 * 6 * 6, 0.0);
-    x[40] = f64::NAN;
-    x[4 * 36 + 3] = f64::INFINITY;
-    let x = Var::from_tensor(&tensor(&x, &[2, 3, 6, 6], DType::F32, device)?)?;
+    let mut x = random(1, 2 * 3 * 8 * 8, 0.0);
+    x[70] = f64::NAN;
+    x[4 * 64 + 3] = f64::INFINITY;
+    let x = var(&x, &[2, 3, 8, 8], DType::F32, device)?;
     let zeros = Tensor::zeros(3, DType::F32, device)?;
     let ones = zeros.ones_like()?;
     let two = BatchNormArgs {
@@ -222,6 +243,21 @@ fn nan_as_two_ops() -> Result<()> {
     let (one, two) = (y_one.backward()?, y_two.backward()?);
     let dx = |grads: &candle_core::backprop::GradStore| bits(grads.get(&x).expect("a gradient"));
     assert_eq!(dx(&one)?, dx(&two)?);
+    // The gradient of a window with a NaN is the NaN's.
+    assert!(dx(&one)?[70].is_some_and(|bits| f64::from_bits(bits) > 0.9));
+
+    // In training it is in the statistics, but in those of its channel alone.
+    let args = BatchNormArgs {
+        max_pool: Some(2),
+        ..BatchNormArgs::new()
+    };
+    let (y, _) = batch_norm_train(&x, &args)?;
+    let grads = y.backward()?;
+    for t in [&y, grads.get(&x).expect("a gradient")] {
+        let nans = |channel| Ok(bits(&t.narrow(1, channel, 1)?)?.contains(&None));
+        let nans: Result<Vec<bool>> = (0..3).map(nans).collect();
+        assert_eq!(nans?, [false, true, false], "{t}");
+    }
     Ok(())
 }
 
@@ -233,6 +269,9 @@ fn wrong_windows_get_an_error() -> Result<()> {
         ..BatchNormArgs::new()
     };
     let x = Tensor::zeros((4, 2, 6, 5), DType::F32, device)?;
+    let flat = x.flatten_from(1)?;
+    let wrong = batch_norm_train(&flat.narrow(0, 0, 0)?, &args(2));
+    assert_error(wrong, &["batch norm", "[n, c, h, w]", "[0, 60]"]);
     for kernel in [0, 6, 7] {
         let expected = [
             "batch norm",
@@ -246,7 +285,6 @@ fn wrong_windows_get_an_error() -> Result<()> {
         assert_error(inference, &expected);
         assert_error(batch_norm_vjp(&x, &args(kernel)).map(|_| ()), &expected);
     }
-    let flat = x.flatten_from(1)?;
     assert_error(
         batch_norm_train(&flat, &args(2)),
         &["[n, c, h, w]", "[4, 60]"],
@@ -280,7 +318,20 @@ fn layer() -> Result<()> {
         device,
     )?;
     let two = batch_norm(3, config, vb.pp("two"))?;
-    let one = batch_norm(3, config, vb.pp("one"))?.with_max_pool(2);
+    let pooled = |kernel| BatchNormConfig {
+        max_pool: Some(kernel),
+        ..config
+    };
+    let one = batch_norm(3, pooled(2), vb.pp("one"))?;
+    assert_error(batch_norm(3, pooled(0), vb.pp("zero")), &["max_pool", "0"]);
+    let model = ModelConfig {
+        norm: Norm::Batch(pooled(2)),
+        ..Default::default()
+    };
+    assert_error(
+        Model::new(Architecture::Cnn, &model, vb.clone()),
+        &["max_pool", "Some(2)"],
+    );
     for train in [true, false] {
         let y = max_pool2d(&two.forward_t(&x, train)?, 2)?;
         assert_eq!(values(&one.forward_t(&x, train)?)?, values(&y)?);

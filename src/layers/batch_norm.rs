@@ -283,9 +283,8 @@ impl BatchNorm {
         Ok(())
     }
 
-    /// The layer with the maximum over windows of `kernel`×`kernel` pixels behind it, in the same
-    /// pass: as [`BatchNormConfig::max_pool`].
-    pub fn with_max_pool(mut self, kernel: usize) -> Self {
+    /// The layer with [`BatchNormConfig::max_pool`].
+    pub(crate) fn with_max_pool(mut self, kernel: usize) -> Self {
         self.config.max_pool = Some(kernel);
         self
     }
@@ -300,7 +299,8 @@ impl BatchNorm {
     }
 
     /// `forward_t` with a tensor of the input's shape and dtype that is added before the activation:
-    /// `activation(batch_norm(x) + residual)` in one pass, with a gradient for both.
+    /// `activation(batch_norm(x) + residual)` in one pass, with a gradient for both. (A `max_pool` comes
+    /// after that, in a pass of its own.)
     ///
     /// # Errors
     /// Those of `forward_t`, and a residual of another shape, dtype or device.

@@ -51,8 +51,8 @@ pub struct BatchNormConfig {
     pub track_running_stats: bool,
     /// Applied to the output in the same pass.
     pub activation: Activation,
-    /// Takes the maximum over windows of so many pixels in each direction, after the activation, as
-    /// [`max_pool2d`](crate::ops::max_pool2d) does: on the CPU in the same pass.
+    /// Takes the maximum over windows of so many pixels in each direction, after the activation, in the
+    /// same pass where that can be: [`BatchNormArgs::max_pool`](crate::ops::BatchNormArgs::max_pool).
     pub max_pool: Option<usize>,
     /// What stays as it is in training.
     pub freeze: Freeze,
@@ -113,6 +113,9 @@ impl BatchNormConfig {
             if !(0.0..=1.0).contains(&momentum) {
                 bail!("batch norm expects a momentum from 0 to 1, got {momentum}")
             }
+        }
+        if self.max_pool == Some(0) {
+            bail!("batch norm expects a max_pool of at least 1, got 0")
         }
         if self.freeze != Freeze::Nothing && !self.track_running_stats {
             bail!(

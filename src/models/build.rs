@@ -1,6 +1,6 @@
 //! From a network's definition to its layers.
 
-use candle_core::Result;
+use candle_core::{bail, Result};
 use candle_nn::{Conv2dConfig, VarBuilder};
 
 use super::{Block, Dropout, DropoutKind, Layer, ModelConfig, Norm, Placement, CLASSES};
@@ -56,7 +56,9 @@ impl<'a> Builder<'a> {
             Block::Pool => {
                 let last = self.layers.pop();
                 self.layers.extend(match last {
-                    Some(Layer::BatchNorm(bn)) => vec![Layer::BatchNorm(bn.with_max_pool(2))],
+                    Some(Layer::BatchNorm(bn)) if bn.config().max_pool.is_none() => {
+                        vec![Layer::BatchNorm(bn.with_max_pool(2))]
+                    }
                     // The maximum of a window, rectified, is that of its rectified values; of
                     // windows there are fewer.
                     Some(Layer::Relu) => vec![Layer::MaxPool, Layer::Relu],
@@ -98,6 +100,12 @@ impl<'a> Builder<'a> {
         let norm = match &self.config.norm {
             Norm::None => None,
             Norm::Batch(config) => {
+                if config.max_pool.is_some() {
+                    bail!(
+                        "the pools of a model are its architecture's: expected a max_pool of None, got {:?}",
+                        config.max_pool
+                    )
+                }
                 let mut config = *config;
                 if before {
                     config.activation = Activation::Relu;

@@ -1,26 +1,29 @@
 //! The way back through a graph, past the sums that candle makes of single gradients.
 
 use std::cell::RefCell;
+use std::collections::HashMap;
 
 use candle_core::backprop::GradStore;
-use candle_core::{Result, Tensor};
+use candle_core::{Result, Tensor, TensorId};
+
+/// The variables of a graph, and the gradient of each as far as this crate's ops have found it.
+type Search = HashMap<TensorId, (Tensor, Option<Tensor>)>;
 
 thread_local! {
-    /// The gradients of variables that this crate's ops have found, while [`backward`] runs.
-    static FOUND: RefCell<Option<Vec<Found>>> = const { RefCell::new(None) };
-}
-
-struct Found {
-    variable: Tensor,
-    gradient: Tensor,
+    /// What [`backward`] looks for while it runs.
+    static SEARCH: RefCell<Option<Search>> = const { RefCell::new(None) };
 }
 
 /// `loss.backward()` in less time: the same gradients of the same tensors.
 ///
 /// candle's own makes zeros for every tensor that gets a gradient and adds the gradient to them. Here
 /// what an op of this crate finds for a variable (a weight, a bias, an input that is a `Var`) is taken
-/// as it is, and only summed up if there is more than one. All other gradients go candle's way, and so
-/// do variables through other ops: any graph will do.
+/// as it is, and only summed up if there is more than one. All other gradients go candle's way: those
+/// of other tensors, and of variables through other ops. A sum of three gradients or more may be
+/// rounded in another order.
+///
+/// A custom op whose `bwd` goes back through a graph of its own should call this there too: candle's
+/// `backward` within this one has no gradients of variables that both graphs share.
 ///
 /// PyTorch: `loss.backward()`, which keeps the first gradient as well.
 ///
@@ -43,9 +46,10 @@ struct Found {
 /// # }
 /// ```
 pub fn backward(loss: &Tensor) -> Result<GradStore> {
-    let search = Search::begin();
-    let mut grads = loss.backward()?;
-    for Found { variable, gradient } in search.end() {
+    let (grads, found) = searching(loss, || loss.backward());
+    let mut grads = grads?;
+    for (variable, gradient) in found.into_values() {
+        let Some(gradient) = gradient else { continue };
         let sum = match grads.remove(&variable) {
             Some(other) => (other + gradient)?,
             None => gradient,
@@ -55,44 +59,90 @@ pub fn backward(loss: &Tensor) -> Result<GradStore> {
     Ok(grads)
 }
 
-/// What an op gives to candle as the gradient of its argument: nothing, if [`backward`] takes it.
-pub(super) fn gradient_of(argument: &Tensor, gradient: Option<Tensor>) -> Option<Tensor> {
-    let gradient = gradient?;
-    if !argument.is_variable() {
-        return Some(gradient);
-    }
-    FOUND.with_borrow_mut(|found| match found {
-        None => Some(gradient),
-        Some(found) => {
-            found.push(Found {
-                variable: argument.clone(),
-                gradient,
-            });
-            None
+/// Runs `f` while the ops look for the gradients of the variables that `loss` comes from.
+fn searching<R>(loss: &Tensor, f: impl FnOnce() -> R) -> (R, Search) {
+    /// Puts the search back that this one interrupts, after a panic too.
+    struct Outer(Option<Search>);
+
+    impl Drop for Outer {
+        fn drop(&mut self) {
+            SEARCH.set(self.0.take());
         }
+    }
+
+    let nodes = loss.sorted_nodes().into_iter();
+    let variables = nodes.filter(|node| node.is_variable());
+    let search = variables.map(|variable| (variable.id(), (variable.clone(), None)));
+    let _outer = Outer(SEARCH.replace(Some(search.collect())));
+    let result = f();
+    (result, SEARCH.take().unwrap_or_default())
+}
+
+/// What an op gives to candle as the gradient of its argument: nothing, if [`backward`] takes it.
+pub(super) fn gradient_of(argument: &Tensor, gradient: Option<Tensor>) -> Result<Option<Tensor>> {
+    let Some(gradient) = gradient else {
+        return Ok(None);
+    };
+    SEARCH.with_borrow_mut(|search| {
+        let found = search
+            .as_mut()
+            .and_then(|search| search.get_mut(&argument.id()));
+        let Some((_, found)) = found else {
+            return Ok(Some(gradient));
+        };
+        *found = Some(match found.take() {
+            None => gradient,
+            Some(other) => (other + gradient)?,
+        });
+        Ok(None)
     })
 }
 
-/// While it lives, gradients are collected. It ends with an error or a panic in between, too.
-struct Search {
-    /// That of a `backward` which this one runs in.
-    outer: Option<Vec<Found>>,
-}
+#[cfg(test)]
+mod tests {
+    use super::*;
+    use crate::ops::*;
+    use candle_core::{DType, Device, Var};
 
-impl Search {
-    fn begin() -> Self {
-        Self {
-            outer: FOUND.replace(Some(Vec::new())),
-        }
+    /// How many variables' gradients the ops of a graph hand over.
+    fn handed_over(loss: &Tensor) -> Result<usize> {
+        let (grads, found) = searching(loss, || loss.backward());
+        grads?;
+        Ok(found.values().filter(|(_, found)| found.is_some()).count())
     }
 
-    fn end(self) -> Vec<Found> {
-        FOUND.take().unwrap_or_default()
-    }
-}
-
-impl Drop for Search {
-    fn drop(&mut self) {
-        FOUND.set(self.outer.take());
+    #[test]
+    fn every_op_hands_over_all_of_its_variables() -> Result<()> {
+        let device = &Device::Cpu;
+        let var = |shape: &[usize]| Var::randn(0f32, 1.0, shape, device);
+        let (images, matrix, c3, c5) = (var(&[2, 3, 8, 8])?, var(&[4, 3])?, var(&[3])?, var(&[5])?);
+        assert_eq!(handed_over(&relu(&matrix)?)?, 1);
+        assert_eq!(handed_over(&max_pool2d(&images, 2)?)?, 1);
+        let labels = Tensor::new(&[0u32, 2, 1, 1], device)?;
+        assert_eq!(handed_over(&cross_entropy(&matrix, &labels)?)?, 1);
+        let weight = var(&[5, 3])?;
+        assert_eq!(handed_over(&linear(&matrix, &weight, Some(&c5))?)?, 3);
+        let weight = var(&[5, 3, 3, 3])?;
+        let config = candle_nn::Conv2dConfig::default();
+        assert_eq!(
+            handed_over(&conv2d(&images, &weight, Some(&c5), &config)?)?,
+            3
+        );
+        let (weight, residual) = (var(&[3])?, var(&[2, 3, 8, 8])?);
+        let args = BatchNormArgs {
+            weight: Some(&weight),
+            bias: Some(&c3),
+            activation: Activation::Relu,
+            ..BatchNormArgs::new()
+        };
+        assert_eq!(handed_over(&batch_norm_train(&images, &args)?.0)?, 3);
+        // With a residual, weight and bias reach the op as one tensor.
+        let args = BatchNormArgs {
+            residual: Some(&residual),
+            ..args
+        };
+        assert_eq!(handed_over(&batch_norm_train(&images, &args)?.0)?, 2);
+        assert_eq!(handed_over(&images.to_dtype(DType::F64)?.sqr()?)?, 0);
+        Ok(())
     }
 }

@@ -117,7 +117,7 @@ impl CustomOp2 for CrossEntropy {
             logits.dtype(),
             backward(logits, labels, &dloss, self.classes)
         )?;
-        Ok((gradient_of(logits, Some(dlogits)), None))
+        Ok((gradient_of(logits, Some(dlogits))?, None))
     }
 }
 

@@ -1,4 +1,5 @@
-//! The fused operations, below the layers: one candle custom op per operation, with its gradient.
+//! The fused operations, below the layers: one candle custom op per operation, with its gradient; and
+//! [`backward`], the way back through a graph of them.
 
 mod backward;
 mod batch_norm;

@@ -86,3 +86,13 @@ impl<'a, T> Parts<'a, T> {
         part[0].write(value);
     }
 }
+
+/// Values that have been written, to be read.
+///
+/// # Safety
+/// Every value has been written.
+#[inline(always)]
+pub(crate) unsafe fn written<T>(values: &[MaybeUninit<T>]) -> &[T] {
+    // SAFETY: `MaybeUninit<T>` has the layout of `T`, and the values are written.
+    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), values.len()) }
+}

@@ -65,7 +65,7 @@ impl CustomOp1 for Relu {
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let dy = dy.detach().contiguous()?;
         let dx = dispatch!(NAME, x.dtype(), backward(x, &dy))?;
-        Ok(gradient_of(x, Some(dx)))
+        gradient_of(x, Some(dx))
     }
 }
 

@@ -137,9 +137,9 @@ impl<W: Weighted<f32> + Weighted<f64>> CustomOp3 for WeightedOp<W> {
             self.backward([x, weight, &dy], bias.shape(), wants)
         )?;
         Ok((
-            gradient_of(x, dx),
-            gradient_of(weight, dweight),
-            gradient_of(bias, dbias),
+            gradient_of(x, dx)?,
+            gradient_of(weight, dweight)?,
+            gradient_of(bias, dbias)?,
         ))
     }
 }

@@ -2,6 +2,7 @@
 
 use candle_core::{bail, DType, Result, Tensor};
 
+use super::cpu::PLANE;
 use super::NAME;
 use crate::ops::max_pool2d::check_windows;
 use crate::ops::max_pool2d::windows::Windows;
@@ -37,9 +38,13 @@ pub struct BatchNormArgs<'a> {
     pub residual: Option<&'a Tensor>,
     /// Applied to their sum.
     pub activation: Activation,
-    /// Takes the maximum over windows of so many pixels in each direction, last: as
-    /// [`max_pool2d`](crate::ops::max_pool2d) would, for an input `[n, c, h, w]`. Without a residual,
-    /// the CPU does so plane by plane and never stores what is in between.
+    /// Takes the maximum over windows of so many pixels in each direction, last: what
+    /// [`max_pool2d`](crate::ops::max_pool2d) would give, and with its errors, for an input
+    /// `[n, c, h, w]`.
+    ///
+    /// On the CPU this happens plane by plane, and what is in between is never stored; but with a
+    /// residual, on planes of fewer than 64 or more than 65536 pixels and on CUDA it is an op of its
+    /// own. The output is contiguous, and an input with the channels last is copied first.
     pub max_pool: Option<usize>,
     /// Added to the variance under the root. Above 0 in training, at least 0 in inference.
     pub eps: f64,
@@ -76,12 +81,19 @@ impl BatchNormArgs<'_> {
             return Ok(Pooling::None);
         };
         let windows = check_windows(NAME, x, kernel)?;
-        if x.device().is_cpu() && self.residual.is_none() {
-            return Ok(Pooling::Fused(windows));
-        }
-        Ok(Pooling::After(windows))
+        let is_fused = x.device().is_cpu()
+            && self.residual.is_none()
+            && (PLANE..=LARGEST_PLANE).contains(&windows.inputs());
+        Ok(match is_fused {
+            _ if kernel == 1 => Pooling::None,
+            true => Pooling::Fused(windows),
+            false => Pooling::After(windows),
+        })
     }
 }
+
+/// Larger planes leave the caches of a core, and too few of them may be there for all threads.
+const LARGEST_PLANE: usize = 1 << 16;
 
 /// Where the maximum over windows is taken.
 #[derive(Debug, Clone, Copy)]

@@ -86,14 +86,15 @@ impl Spec {
 ///
 /// `x` is F32, F64, F16 or BF16 with at least 2 dimensions. Its layout is free: contiguous tensors
 /// and those with the channels last in memory (`[n, …, c]` permuted) are taken as they are, others
-/// are copied first. Values are computed in F32 (F64 for F64) and summed in F64.
+/// are copied first, and so are all but contiguous ones if there is a `max_pool`. Values are computed in F32 (F64 for F64) and summed in F64.
 ///
 /// PyTorch: `torch.nn.functional.batch_norm(x, None, None, weight, bias, training=True, eps=eps)`.
 /// Source: Ioffe and Szegedy 2015, <https://arxiv.org/abs/1502.03167>.
 ///
 /// # Errors
 /// `x` of another rank or dtype, or on a device without an implementation; parameters or residual
-/// of another shape, dtype or device; `eps <= 0` or NaN; a single value per channel, whose variance
+/// of another shape, dtype or device; a `max_pool` for another rank than 4, of 0 or larger than the
+/// images; `eps <= 0` or NaN; a single value per channel, whose variance
 /// says nothing.
 ///
 /// ```
@@ -112,10 +113,11 @@ impl Spec {
 /// ```
 pub fn batch_norm_train(x: &Tensor, args: &BatchNormArgs) -> Result<(Tensor, BatchStats)> {
     let dims = check_training(x, args)?;
+    let pooling = args.pooling(x)?;
     if dims.numel() == 0 {
-        return Ok((of_nothing(x, args)?, BatchStats::of_nothing(x)?));
+        return Ok((of_nothing(x, pooling)?, BatchStats::of_nothing(x)?));
     }
-    let (y, stats) = apply(x, args, dims, None)?;
+    let (y, stats) = apply(x, args, dims, pooling, None)?;
     Ok((y, BatchStats::new(stats, dims.m())))
 }
 
@@ -124,6 +126,8 @@ pub fn batch_norm_train(x: &Tensor, args: &BatchNormArgs) -> Result<(Tensor, Bat
 /// ```text
 /// y = activation((x - mean) / √(var + eps)·weight + bias + residual)
 /// ```
+///
+/// and the maximum over windows of that, if there is a `max_pool`.
 ///
 /// `mean` and `var` are `[c]`, both F32, F64 or of the input's dtype, and constants to autograd. The
 /// gradients are those of [`batch_norm_train`] but for `dx = weight·rstd·g`, so that what lies below
@@ -164,18 +168,22 @@ pub fn batch_norm_inference(
     if args.eps.is_nan() || args.eps < 0.0 {
         bail!("batch norm expects eps >= 0, got {}", args.eps)
     }
+    let pooling = args.pooling(x)?;
     if dims.numel() == 0 {
-        return of_nothing(x, args);
+        return of_nothing(x, pooling);
     }
     let given = (mean.detach().contiguous()?, var.detach().contiguous()?);
-    Ok(apply(x, args, dims, Some(given))?.0)
+    Ok(apply(x, args, dims, pooling, Some(given))?.0)
 }
 
 /// The output for an empty input.
-fn of_nothing(x: &Tensor, args: &BatchNormArgs) -> Result<Tensor> {
-    match args.max_pool {
-        None => Ok(x.clone()),
-        Some(kernel) => max_pool2d(x, kernel),
+fn of_nothing(x: &Tensor, pooling: Pooling) -> Result<Tensor> {
+    match pooling {
+        Pooling::None => Ok(x.clone()),
+        Pooling::Fused(windows) | Pooling::After(windows) => {
+            let (n, c, _, _) = x.dims4()?;
+            Tensor::zeros((n, c, windows.oh(), windows.ow()), x.dtype(), x.device())
+        }
     }
 }
 
@@ -184,9 +192,9 @@ fn apply(
     x: &Tensor,
     args: &BatchNormArgs,
     dims: Dims,
+    pooling: Pooling,
     given: Option<(Tensor, Tensor)>,
 ) -> Result<(Tensor, Tensor)> {
-    let pooling = args.pooling(x)?;
     let Prepared { op, order, tensors } = prepare(x, args, dims, pooling, given)?;
     let saved = op.saved.clone();
     let [x_kernel, second, third] = &tensors;

@@ -152,7 +152,12 @@ impl BatchNormOp {
             Slots::None => (dx, None, dresidual),
             Slots::Weight => (dx, Some(dparams.get(0)?), dresidual),
             Slots::Bias => (dx, Some(dparams.get(1)?), dresidual),
-            Slots::Both => (dx, Some(dparams.get(0)?), Some(dparams.get(1)?)),
+            // Each with memory of its own, as gradients have that candle sums up.
+            Slots::Both => (
+                dx,
+                Some(dparams.get(0)?.copy()?),
+                Some(dparams.get(1)?.copy()?),
+            ),
             Slots::Packed => (dx, Some(dparams), dresidual),
         })
     }
@@ -216,11 +221,15 @@ impl CustomOp3 for BatchNormOp {
             dresidual: self.has_residual && third.track_op(),
         };
         let grads = self.gradients([x, second, third], y, &dy.detach(), saved, wants)?;
-        let (dx, dsecond, dthird) = self.assign(grads)?;
+        let (dx, dsecond, mut dthird) = self.assign(grads)?;
+        if self.has_residual && third.is_variable() {
+            // It may be `dy` itself, of which others have a part.
+            dthird = dthird.map(|t| t.copy()).transpose()?;
+        }
         Ok((
-            gradient_of(x, dx),
-            gradient_of(second, dsecond),
-            gradient_of(third, dthird),
+            gradient_of(x, dx)?,
+            gradient_of(second, dsecond)?,
+            gradient_of(third, dthird)?,
         ))
     }
 }

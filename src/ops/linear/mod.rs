@@ -60,17 +60,22 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
     let mut shape = x.dims().to_vec();
     shape.pop();
     shape.push(spec.outputs);
-    // In the op, a copy that is made so would be a constant.
-    let flat = x.reshape((spec.n, spec.inputs))?.contiguous()?;
-    let weight = &weight.contiguous()?;
-    let y = if !x.device().is_cpu() {
-        let y = flat.matmul(&weight.t()?)?;
-        match bias {
-            None => y,
-            Some(bias) => y.broadcast_add(bias)?,
-        }
-    } else {
-        apply(NAME, spec, (spec.n, spec.outputs), &flat, weight, bias)?
+    if x.device().is_cpu() {
+        // In the op, a copy that is made so would be a constant.
+        return apply(
+            NAME,
+            spec,
+            shape,
+            &x.contiguous()?,
+            &weight.contiguous()?,
+            bias,
+        );
+    }
+    let flat = x.reshape((spec.n, spec.inputs))?;
+    let y = flat.matmul(&weight.t()?)?;
+    let y = match bias {
+        None => y,
+        Some(bias) => y.broadcast_add(bias)?,
     };
     y.reshape(shape)
 }

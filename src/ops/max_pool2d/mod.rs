@@ -117,7 +117,7 @@ impl CustomOp1 for MaxPool {
 
     fn bwd(&self, x: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
         let dx = max_pool2d_gradient(&self.0, x, y, dy)?;
-        Ok(gradient_of(x, Some(dx)))
+        gradient_of(x, Some(dx))
     }
 }
 

@@ -202,6 +202,7 @@ fn add_rows<T: Element>(
     columns: &Range<usize>,
     f: impl Fn(usize, f64) -> f64,
 ) {
+    const { assert!(STRIP <= T::CHUNK) };
     let width = columns.len().min(STRIP);
     let count = (x.len() - columns.end) / stride + 1;
     let row = |i: usize| &x[i * stride + columns.start..][..width];

@@ -32,6 +32,7 @@ impl Sum {
     /// Adds `f` of every value.
     #[inline(always)]
     pub fn add<T: Element>(&mut self, values: &[T], f: impl Fn(f64) -> f64) {
+        const { assert!(LANES <= T::CHUNK) };
         let mut room = T::ROOM;
         for chunk in values.chunks(LANES) {
             let (lanes, values) = (&mut self.0[..chunk.len()], T::load(chunk, &mut room));

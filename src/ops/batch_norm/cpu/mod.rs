@@ -12,6 +12,7 @@
 mod columns;
 mod convert;
 mod element;
+mod f16;
 mod lanes;
 mod passes;
 mod planes;
@@ -41,7 +42,8 @@ pub(crate) struct Forward<'a, T> {
     pub given: Option<[Vec<f64>; 2]>,
 }
 
-/// Input of [`backward`]. All tensors are contiguous, `x`, `y` and `dy` are `[n, c, s]`.
+/// Input of [`backward`]. All tensors are contiguous, `x` and `y` are `[n, c, s]`, and so is `dy` but
+/// where the output is pooled.
 pub(crate) struct Backward<'a, T> {
     pub spec: &'a Spec,
     pub x: &'a [T],
@@ -61,7 +63,7 @@ pub(crate) struct Grads<T> {
     pub dresidual: Option<Vec<T>>,
 }
 
-/// The output `[n, c, s]`, and the mean and the (biased) variance that were used, `[2, c]`.
+/// The output, `[n, c, s]` or with the windows of each plane, and the mean and the (biased) variance that were used, `[2, c]`.
 pub(crate) fn forward<T: Element>(job: &Forward<T>) -> (Vec<T>, Vec<f64>) {
     let spec = job.spec;
     match (&job.given, as_columns(spec)) {
@@ -76,10 +78,10 @@ pub(crate) fn forward<T: Element>(job: &Forward<T>) -> (Vec<T>, Vec<f64>) {
 }
 
 /// Smaller planes are gone through as columns: loops over so few values have no time to get fast.
-const PLANE: usize = 64;
+pub(super) const PLANE: usize = 64;
 
 fn as_columns(spec: &Spec) -> bool {
-    spec.dims.s < PLANE && spec.windows.is_none()
+    spec.dims.s < PLANE
 }
 
 /// The gradients of [`forward`].

@@ -84,7 +84,7 @@ pub(super) fn forward_training<L: Summing, T: Element>(
         |tile, row| write_tile(tiling, tile, row, job, y_parts),
     );
     let saved = by_channel(tiling, &groups, |row| [row.mean.as_ref(), row.var.as_ref()]);
-    // SAFETY: the runs of all tiles make up the whole tensor.
+    // SAFETY: the runs of all tiles make up the whole tensor, or all of its planes with their windows.
     (unsafe { y.finish() }, saved)
 }
 
@@ -106,7 +106,7 @@ pub(super) fn forward_given<L: Tiling, T: Element>(
         let (group, part) = (index / parts, index % parts);
         write_tile(tiling, Tile { group, part }, &rows[group], job, y_parts);
     });
-    // SAFETY: the runs of all tiles make up the whole tensor.
+    // SAFETY: the runs of all tiles make up the whole tensor, or all of its planes with their windows.
     (unsafe { y.finish() }, [mean.as_slice(), var].concat())
 }
 
@@ -198,6 +198,9 @@ pub(super) fn backward<L: Summing, T: Element, M: Mask<T>>(
             )
         },
         |tile, grads| {
+            if dx_parts.is_none() && dresidual_parts.is_none() {
+                return;
+            }
             vectorised(
                 #[inline(always)]
                 || {

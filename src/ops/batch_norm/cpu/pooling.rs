@@ -1,5 +1,5 @@
-//! Max pooling behind the normalisation, plane by plane: what lies between the two is never stored,
-//! but computed again for every pass while the plane is in the cache.
+//! Max pooling behind the normalisation, plane by plane: what lies between the two is never stored as
+//! a whole, but computed again from a plane of the input while that is in the cache.
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -9,7 +9,7 @@ use super::element::{write_y, Channel, Channels, Slice};
 use super::Backward;
 use crate::ops::batch_norm::Activation;
 use crate::ops::max_pool2d::windows::Windows;
-use crate::ops::output::Parts;
+use crate::ops::output::{written, Parts};
 
 /// The windows of a plane among those of all planes.
 pub(super) fn outputs(windows: &Windows, plane: &Range<usize>) -> Range<usize> {
@@ -82,6 +82,7 @@ impl<'a, T: Element> Tensors<'a, T> {
     /// All of them, where there is no pooling.
     #[inline(always)]
     pub fn whole(&self) -> Slice<'a, T> {
+        debug_assert!(self.job.spec.windows.is_none());
         Slice {
             x: self.job.x,
             dy: self.job.dy,
@@ -118,11 +119,4 @@ impl<'a, T: Element> Tensors<'a, T> {
         let dy = unsafe { written(unpooled) };
         Slice { x, dy, y: x }
     }
-}
-
-/// # Safety
-/// Every value has been written.
-unsafe fn written<T>(values: &[MaybeUninit<T>]) -> &[T] {
-    // SAFETY: `MaybeUninit<T>` has the layout of `T`, and the values are written.
-    unsafe { std::slice::from_raw_parts(values.as_ptr().cast(), values.len()) }
 }
