@@ -5,6 +5,7 @@ use std::ops::Range;
 
 use super::convert::{Element, Real};
 use super::element::{Channel, ChannelGrad, Channels, Mask, Slice};
+use super::lanes::spread;
 use super::passes::{Summing, Tiling};
 use super::pooling::Tensors;
 use super::rows::{ChannelRow, GradRow, Pair};
@@ -129,23 +130,56 @@ impl Summing for Columns {
             tile.group,
             #[inline(always)]
             |columns| {
-                let mut mean = [0.0; STRIP];
+                // As for planes: a constant column has exactly its value as mean.
+                let mut pivot = [0.0; STRIP];
                 if remove_mean {
-                    // As for planes: a constant column has exactly its value as mean.
-                    let mut pivot = [0.0; STRIP];
                     for (pivot, x) in pivot.iter_mut().zip(&x[columns.clone()]) {
                         *pivot = x.to_f64();
                     }
-                    let mut sum = [0.0; STRIP];
-                    add_rows(&mut sum, x, stride, &columns, |j, x| x - pivot[j]);
-                    for ((mean, pivot), sum) in mean.iter_mut().zip(&pivot).zip(&sum) {
-                        *mean = pivot + sum / m;
-                    }
                 }
+                let mut mean = [0.0; STRIP];
                 let mut square = [0.0; STRIP];
-                add_rows(&mut square, x, stride, &columns, |j, x| {
-                    (x - mean[j]) * (x - mean[j])
-                });
+                if T::SQUARES_FIT && remove_mean {
+                    let mut sums = [[0.0; STRIP]; 2];
+                    add_rows(
+                        &mut sums,
+                        x,
+                        stride,
+                        &columns,
+                        #[inline(always)]
+                        |j, x| [x - pivot[j], (x - pivot[j]) * (x - pivot[j])],
+                    );
+                    let [sum, squares] = &sums;
+                    for j in 0..STRIP {
+                        mean[j] = pivot[j] + sum[j] / m;
+                        square[j] = spread(sum[j], squares[j], m);
+                    }
+                } else {
+                    if remove_mean {
+                        let mut sums = [[0.0; STRIP]];
+                        add_rows(
+                            &mut sums,
+                            x,
+                            stride,
+                            &columns,
+                            #[inline(always)]
+                            |j, x| [x - pivot[j]],
+                        );
+                        for j in 0..STRIP {
+                            mean[j] = pivot[j] + sums[0][j] / m;
+                        }
+                    }
+                    let mut squares = [[0.0; STRIP]];
+                    add_rows(
+                        &mut squares,
+                        x,
+                        stride,
+                        &columns,
+                        #[inline(always)]
+                        |j, x| [(x - mean[j]) * (x - mean[j])],
+                    );
+                    square = squares[0];
+                }
                 means[columns.clone()].copy_from_slice(&mean[..columns.len()]);
                 squares[columns.clone()].copy_from_slice(&square[..columns.len()]);
             },
@@ -192,15 +226,15 @@ impl Summing for Columns {
     }
 }
 
-/// Adds `f(j, value)` of column `j` of a strip to `sums[j]`, for all rows of `x`, the last of which may
-/// be shorter than the `stride` from row to row.
+/// Adds the numbers `f(j, value)` of column `j` of a strip to `sums[…][j]`, for all rows of `x`, the last
+/// of which may be shorter than the `stride` from row to row.
 #[inline(always)]
-fn add_rows<T: Element>(
-    sums: &mut [f64; STRIP],
+fn add_rows<T: Element, const N: usize>(
+    sums: &mut [[f64; STRIP]; N],
     x: &[T],
     stride: usize,
     columns: &Range<usize>,
-    f: impl Fn(usize, f64) -> f64,
+    f: impl Fn(usize, f64) -> [f64; N],
 ) {
     const { assert!(STRIP <= T::CHUNK) };
     let width = columns.len().min(STRIP);
@@ -213,14 +247,25 @@ fn add_rows<T: Element>(
         let (a, b) = (T::load(row(i), a), T::load(row(i + 1), b));
         let (c, d) = (T::load(row(i + 2), c), T::load(row(i + 3), d));
         for j in 0..width {
-            let f = |value: T::Real| f(j, value.to_f64());
-            sums[j] += (f(a(j)) + f(b(j))) + (f(c(j)) + f(d(j)));
+            let rows = [a(j), b(j), c(j), d(j)];
+            let [a, b, c, d] = [
+                f(j, rows[0].to_f64()),
+                f(j, rows[1].to_f64()),
+                f(j, rows[2].to_f64()),
+                f(j, rows[3].to_f64()),
+            ];
+            for k in 0..N {
+                sums[k][j] += (a[k] + b[k]) + (c[k] + d[k]);
+            }
         }
     }
     for i in in_fours..count {
-        let values = T::load(row(i), &mut rooms[0]);
+        let row = T::load(row(i), &mut rooms[0]);
         for j in 0..width {
-            sums[j] += f(j, values(j).to_f64());
+            let add = f(j, row(j).to_f64());
+            for k in 0..N {
+                sums[k][j] += add[k];
+            }
         }
     }
 }

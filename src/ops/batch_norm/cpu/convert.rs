@@ -9,6 +9,9 @@ pub(crate) trait Element: Copy + PartialOrd + Default + Send + Sync + 'static {
     type Real: Real;
     /// The largest value that is 0 after rounding to the dtype.
     const ROUNDS_TO_ZERO: Self::Real;
+    /// The square of a difference of two values keeps its digits in `f64`, and sums of such squares lose
+    /// none that count.
+    const SQUARES_FIT: bool;
     /// At most so many values are converted at once.
     const CHUNK: usize;
     /// Where a chunk stands after its conversion, for a dtype that is not converted value by value.
@@ -62,6 +65,7 @@ macro_rules! element {
         impl Element for $t {
             type Real = $real;
             const ROUNDS_TO_ZERO: $real = $rounds_to_zero;
+            const SQUARES_FIT: bool = size_of::<$t>() < size_of::<f64>();
             const CHUNK: usize = usize::MAX;
             type Room = ();
             const ROOM: () = ();

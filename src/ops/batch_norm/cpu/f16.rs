@@ -11,6 +11,7 @@ use crate::ops::output::written;
 impl Element for f16 {
     type Real = f32;
     const ROUNDS_TO_ZERO: f32 = f32::from_bits((127 - 25) << 23);
+    const SQUARES_FIT: bool = true;
     const CHUNK: usize = CHUNK;
     type Room = [MaybeUninit<f32>; CHUNK];
     const ROOM: Self::Room = [MaybeUninit::uninit(); CHUNK];

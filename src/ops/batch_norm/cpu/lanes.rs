@@ -43,6 +43,53 @@ impl Sum {
     }
 }
 
+/// `Σd` and `Σd²` of the distances `d` from a pivot.
+pub(super) struct Distances {
+    pub sum: Sum,
+    pub squares: Sum,
+}
+
+impl Distances {
+    #[inline(always)]
+    pub fn new() -> Self {
+        Self {
+            sum: Sum::new(),
+            squares: Sum::new(),
+        }
+    }
+
+    #[inline(always)]
+    pub fn add<T: Element>(&mut self, values: &[T], pivot: f64) {
+        let mut room = T::ROOM;
+        for chunk in values.chunks(LANES) {
+            let values = T::load(chunk, &mut room);
+            let sums = &mut self.sum.0[..chunk.len()];
+            let squares = &mut self.squares.0[..chunk.len()];
+            for i in 0..chunk.len() {
+                let distance = values(i).to_f64() - pivot;
+                sums[i] += distance;
+                squares[i] += distance * distance;
+            }
+        }
+    }
+}
+
+/// The sum of squares around the mean of `m` values, from `Σd` and `Σd²` of the distances from a pivot,
+/// one of the values.
+///
+/// No value is further from the mean than √m standard deviations, the pivot neither: the difference
+/// loses no more than the digits of m.
+#[inline(always)]
+pub(super) fn spread(sum: f64, squares: f64, m: f64) -> f64 {
+    let spread = squares - sum * sum / m;
+    // A NaN stays.
+    if spread < 0.0 {
+        0.0
+    } else {
+        spread
+    }
+}
+
 /// `Σg` and `Σ(g·(x - mean))`.
 pub(super) struct GradSums {
     pub g: Sum,

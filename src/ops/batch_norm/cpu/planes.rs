@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::convert::{Element, Real};
 use super::element::{Channel, ChannelGrad, Mask, Same};
-use super::lanes::{GradSums, Sum};
+use super::lanes::{spread, Distances, GradSums, Sum};
 use super::passes::{Summing, Tiling};
 use super::pooling::Tensors;
 use super::rows::{ChannelRow, GradRow, Pair};
@@ -94,6 +94,17 @@ impl Summing for Planes {
     fn moments<T: Element>(&self, x: &[T], tile: Tile, remove_mean: bool) -> Pair<[f64; 1]> {
         let m = self.values(tile.part) as f64;
         let mut mean = 0.0;
+        if T::SQUARES_FIT && remove_mean {
+            let mut pivot = None;
+            let mut distances = Distances::new();
+            for (run, _) in self.runs(tile) {
+                let pivot = *pivot.get_or_insert(x[run.start].to_f64());
+                distances.add(&x[run], pivot);
+            }
+            let (sum, squares) = (distances.sum.total(), distances.squares.total());
+            let mean = pivot.unwrap_or(0.0) + sum / m;
+            return Pair([mean], [spread(sum, squares, m)]);
+        }
         if remove_mean {
             // With the first value taken off, the mean of a constant channel is exactly its value.
             let mut pivot = None;
