@@ -65,6 +65,15 @@ pub fn batch_norm<C: Into<BatchNormConfig>>(
 ) -> Result<BatchNorm> {
     let config = config.into();
     config.check()?;
+    if !matches!(
+        vb.dtype(),
+        DType::F32 | DType::F64 | DType::F16 | DType::BF16
+    ) {
+        bail!(
+            "batch norm expects a VarBuilder of dtype F32, F64, F16 or BF16, got {:?}",
+            vb.dtype()
+        )
+    }
     let running = if config.track_running_stats {
         // Running statistics in half precision would neither move by small steps nor hold a
         // variance above 65504.
@@ -315,7 +324,7 @@ impl BatchNorm {
                 self.num_features,
                 x.dims(),
                 match x.rank() > 2 && x.dims().last() == Some(&self.num_features) {
-                    true => ": with the channels last, permute it first; no copy is needed",
+                    true => "; if its channels are last, permute it first: no copy is needed",
                     false => "",
                 }
             )

@@ -53,6 +53,7 @@ pub struct BatchNormConfig {
     pub activation: Activation,
     /// Takes the maximum over windows of so many pixels in each direction, after the activation, in the
     /// same pass where that can be: [`BatchNormArgs::max_pool`](crate::ops::BatchNormArgs::max_pool).
+    /// Its gradient is PyTorch's; that of candle 0.11's own `max_pool2d` is a quarter of it for 2×2.
     pub max_pool: Option<usize>,
     /// What stays as it is in training.
     pub freeze: Freeze,

@@ -3,7 +3,6 @@
 use candle_core::{bail, DType, Result, Tensor};
 
 use super::cpu::PLANE;
-use super::NAME;
 use crate::ops::max_pool2d::check_windows;
 use crate::ops::max_pool2d::windows::Windows;
 use crate::shape::{check_input, check_like, check_one_dtype, check_per_channel, Dims};
@@ -18,7 +17,7 @@ pub enum Activation {
     Relu,
 }
 
-/// The optional arguments of [`batch_norm_train`] and [`batch_norm_inference`].
+/// The optional arguments of [`batch_norm_train`](super::batch_norm_train) and [`batch_norm_inference`](super::batch_norm_inference).
 ///
 /// [`BatchNormArgs::new`] has PyTorch's `eps`, no parameters and no epilogue; the fields are set
 /// one by one:
@@ -80,7 +79,7 @@ impl BatchNormArgs<'_> {
         let Some(kernel) = self.max_pool else {
             return Ok(Pooling::None);
         };
-        let windows = check_windows(NAME, x, kernel)?;
+        let windows = check_windows("batch norm with a max_pool", x, kernel)?;
         let is_fused = x.device().is_cpu()
             && self.residual.is_none()
             && (PLANE..=LARGEST_PLANE).contains(&windows.inputs());
