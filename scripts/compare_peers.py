@@ -46,6 +46,7 @@ def arguments():
     add("--skip-ops", action="store_true", help="no table of single layers")
     add("--scaling", action="store_true", help="also threads 1, 2, 4 and sizes from 2^12 to 2^26 values")
     add("--mnist", type=Path, metavar="DIR", help="also train on MNIST, whose four IDX files are in DIR")
+    add("--models", type=lambda text: text.split(","), default=["mlp", "cnn"], metavar="mlp,cnn", help="of MNIST")
     add("--epochs", type=int, default=3, help="of each MNIST run; the first does not count (default: 3)")
     add("--mnist-rounds", type=int, default=2, help="MNIST runs of each peer, in turns (default: 2)")
     add("--limit", type=int, default=0, metavar="N", help="only the first N training images")
@@ -59,6 +60,8 @@ def arguments():
         parser.error("--rounds, --mnist-rounds, --threads and --seconds should be above 0")
     if unknown := set(args.dtypes) - set(report_peers.BYTES):
         parser.error(f"unknown dtype {', '.join(unknown)}")
+    if unknown := set(args.models) - {"mlp", "cnn"}:
+        parser.error(f"unknown model {', '.join(unknown)}")
     args.out = args.out or ROOT / "target/peers"
     args.venv = args.venv or ROOT / "target/peers-venv"
     return args
@@ -197,7 +200,7 @@ def mnist(example, python, args):
         "pytorch-kept": lambda model: train_torch(python, model, True, args),
         "candle-nn": lambda model: train_ours(example, model, "candle", args.limit, args, out),
     }
-    for model in ("mlp", "cnn"):
+    for model in args.models:
         for index in range(args.mnist_rounds):
             for peer, train in peers.items():
                 print(f"MNIST, {model}, {peer}, run {index + 1} of {args.mnist_rounds}", file=sys.stderr)
