@@ -72,7 +72,7 @@ __device__ real_of<T> masked(const Problem &p, const Channel<real_of<T>> &channe
 // from the mean than √m standard deviations, so that x - pivot rounds to 2⁻²⁵·√m of one at most.
 template <typename T> __device__ void stats(const T *x, double *partials, const Problem &p) {
   using R = real_of<T>;
-  __shared__ Moments shared[THREADS];
+  BN_SHARED(Moments, shared, [THREADS]);
   Values values(p);
   const R pivot = values.channel < p.c ? to_real(x[values.channel * p.s]) : R(0);
   Moments mine = {0, 0, 0};
@@ -138,8 +138,8 @@ __device__ void forward(const T *x, const T *residual, const void *weight, const
                         const void *given_mean, const void *given_var, const double *partials,
                         T *y, double *saved, const Problem &p) {
   using R = real_of<T>;
-  __shared__ Moments shared[THREADS];
-  __shared__ Channel<R> channels[32];
+  BN_SHARED(Moments, shared, [THREADS]);
+  BN_SHARED(Channel<R>, channels, [32]);
   Values values(p);
   double mean = 0, var = 0;
   if (given_mean) {
@@ -180,8 +180,8 @@ __device__ void backward_sums(const T *x, const T *dy, const T *y, const void *w
                               const void *bias, const double *saved, double *partials,
                               const Problem &p) {
   using R = real_of<T>;
-  __shared__ Sums shared[THREADS];
-  __shared__ Channel<R> channels[32];
+  BN_SHARED(Sums, shared, [THREADS]);
+  BN_SHARED(Channel<R>, channels, [32]);
   Values values(p);
   if (values.is_first) {
     channels[threadIdx.x] =
@@ -229,9 +229,10 @@ __device__ void backward(const T *x, const T *dy, const T *y, const void *weight
                          const double *saved, const double *partials, T *dx, T *dresidual,
                          void *dparams, const Problem &p) {
   using R = real_of<T>;
-  __shared__ Sums shared[THREADS];
-  __shared__ Channel<R> channels[32];
-  __shared__ R mean_gs[32], slopes[32];
+  BN_SHARED(Sums, shared, [THREADS]);
+  BN_SHARED(Channel<R>, channels, [32]);
+  BN_SHARED(R, mean_gs, [32]);
+  BN_SHARED(R, slopes, [32]);
   Values values(p);
   Sums mine = {0, 0};
   if (partials && values.channel < p.c) {
@@ -298,7 +299,11 @@ __device__ void move_towards(T *running, const double *value, double keep, doubl
                             const void *bias, const double *saved, const double *partials, T *dx,  \
                             T *dresidual, void *dparams, Problem p) {                              \
     backward(x, dy, y, weight, bias, saved, partials, dx, dresidual, dparams, p);                  \
-  }
+  }                                                                                                \
+  BN_EXPORT(bn_stats_##NAME)                                                                       \
+  BN_EXPORT(bn_forward_##NAME)                                                                     \
+  BN_EXPORT(bn_backward_sums_##NAME)                                                               \
+  BN_EXPORT(bn_backward_##NAME)
 
 KERNELS(f32, float)
 KERNELS(f64, double)
@@ -311,3 +316,5 @@ KERNEL bn_running_f32(float *running, const double *value, double keep, double t
 KERNEL bn_running_f64(double *running, const double *value, double keep, double take, int64_t c) {
   move_towards(running, value, keep, take, c);
 }
+BN_EXPORT(bn_running_f32)
+BN_EXPORT(bn_running_f64)

@@ -5,6 +5,13 @@
 #include <cuda_fp16.h>
 #include <stdint.h>
 
+// Shared memory of a block, and kernels that are launched by their names: macros, which the emulator
+// of kernels (emulator/README.md) has its own versions of.
+#ifndef BN_SHARED
+#define BN_SHARED(T, name, dims) __shared__ T name dims
+#define BN_EXPORT(kernel)
+#endif
+
 constexpr int THREADS = 256; // of every block
 constexpr int CHUNK = 8;     // values that a thread loads before it uses the first of them
 

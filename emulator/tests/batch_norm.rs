@@ -1,0 +1,198 @@
+//! Every kernel of kernels/batch_norm.cu, at sizes that divide nothing, against double precision.
+
+mod common;
+
+use common::values::Value;
+use common::{reference, run, Case, Inputs, Outputs};
+use half::{bf16, f16};
+use kernel_emulator::{launch, Arg, Options, Schedule, SANITIZER};
+
+const SCHEDULES: [Schedule; 6] = [
+    Schedule::Forward,
+    Schedule::Reverse,
+    Schedule::Random(1),
+    Schedule::Random(2),
+    Schedule::Starve(1),
+    Schedule::Starve(2),
+];
+
+/// The thread sanitizer takes a second for a thousand threads.
+fn is_too_large(case: &Case) -> bool {
+    let (_, c, s) = case.dims;
+    SANITIZER == Some("thread") && (if s == 1 { c.div_ceil(32) } else { c }) * case.splits > 6
+}
+
+fn is_same<T: Value, P: Value>(a: &Outputs<T, P>, b: &Outputs<T, P>) -> bool {
+    let of_t = |a: &[T], b: &[T]| a.iter().zip(b).all(|(a, b)| a.bits() == b.bits());
+    of_t(&a.y, &b.y)
+        && of_t(&a.dx, &b.dx)
+        && of_t(&a.dresidual, &b.dresidual)
+        && a.dparams
+            .iter()
+            .zip(&b.dparams)
+            .all(|(a, b)| a.bits() == b.bits())
+        && a.saved
+            .iter()
+            .zip(&b.saved)
+            .all(|(a, b)| a.bits() == b.bits())
+}
+
+/// Right in one schedule, and the same to the last bit in another.
+fn check<T: Value, P: Value>(case: Case, which: usize) {
+    if is_too_large(&case) {
+        return;
+    }
+    let inputs = Inputs::<T, P>::new(&case);
+    let schedule = SCHEDULES[which % SCHEDULES.len()];
+    let outputs = run(&case, &inputs, schedule);
+    reference::check(&case, &inputs, &outputs);
+    if SANITIZER == Some("thread") {
+        return; // finds races in any schedule
+    }
+    let other = SCHEDULES[(which + 1) % SCHEDULES.len()];
+    let again = run(&case, &inputs, other);
+    assert!(is_same(&outputs, &again), "{case:?} {schedule:?} {other:?}");
+}
+
+const DIMS: [(usize, usize, usize); 10] = [
+    (2, 1, 1),
+    (33, 31, 1),
+    (5, 65, 1),
+    (1025, 3, 1),
+    (3, 5, 31),
+    (2, 2, 1025),
+    (3, 9, 49), // planes of 7x7
+    (1, 1, 5000),
+    (4, 3, 7),
+    (300, 2, 2),
+];
+
+/// All sizes and divisions, and all of the 64 combinations of options in the course of them.
+fn check_all<T: Value, P: Value>() {
+    let mut which = 0;
+    for dims in DIMS {
+        for splits in [1, 3, 7] {
+            for _ in 0..13 {
+                check::<T, P>(Case::new(dims, splits).with_bits(which * 5), which);
+                which += 1;
+                if SANITIZER == Some("thread") {
+                    break;
+                }
+            }
+        }
+    }
+}
+
+#[test]
+fn f32_is_right() {
+    check_all::<f32, f32>();
+}
+
+#[test]
+fn f64_is_right() {
+    check_all::<f64, f64>();
+}
+
+#[test]
+fn f16_is_right() {
+    check_all::<f16, f32>();
+}
+
+#[test]
+fn bf16_is_right() {
+    check_all::<bf16, f32>();
+}
+
+#[test]
+fn half_parameters_are_right() {
+    check::<f16, f16>(Case::new((3, 5, 31), 3), 2);
+    check::<bf16, bf16>(Case::new((33, 31, 1), 2), 4);
+}
+
+#[test]
+fn a_large_offset_costs_no_accuracy() {
+    for (which, dims) in [(129, 3, 1), (3, 2, 289)].into_iter().enumerate() {
+        for offset in [1e6, -1e6] {
+            let case = Case {
+                offset,
+                ..Case::new(dims, 3)
+            };
+            check::<f32, f32>(case, which);
+            check::<f64, f64>(case, which);
+        }
+    }
+}
+
+#[test]
+fn a_constant_channel_gives_exactly_the_bias() {
+    fn check_bias<T: Value>(offset: f64) {
+        for dims in [(65, 3, 1), (3, 2, 49)] {
+            let case = Case {
+                offset,
+                constant: true,
+                ..Case::new(dims, 2)
+            };
+            let inputs = Inputs::<T, T>::new(&case);
+            let outputs = run(&case, &inputs, Schedule::Random(3));
+            for (i, y) in outputs.y.iter().enumerate() {
+                let channel = i / case.dims.2 % case.dims.1;
+                assert_eq!(*y, inputs.bias[channel], "{} {i}", T::NAME);
+            }
+        }
+    }
+    check_bias::<f32>(1e6 + 0.3);
+    check_bias::<f64>(1e6 + 0.3);
+    check_bias::<f16>(3.3);
+    check_bias::<bf16>(3.3);
+}
+
+/// Under as many schedules as there is time for.
+#[test]
+fn no_schedule_changes_a_bit() {
+    let seeds = if SANITIZER.is_some() { 0 } else { 20 };
+    for dims in [(33, 31, 1), (3, 2, 49)] {
+        let case = Case::new(dims, 3).with_bits(0b1111);
+        let inputs = Inputs::<f32, f32>::new(&case);
+        let first = run(&case, &inputs, Schedule::Forward);
+        let random = (0..seeds).map(Schedule::Random);
+        for schedule in random.chain((0..seeds).map(Schedule::Starve)) {
+            let again = run(&case, &inputs, schedule);
+            assert!(is_same(&first, &again), "{case:?} {schedule:?}");
+        }
+    }
+}
+
+fn check_running<T: Value>(schedule: Schedule) {
+    let c = 300;
+    let mut running: Vec<T> = (0..c).map(|i| T::from_f64(i as f64 * 0.5)).collect();
+    let new: Vec<f64> = (0..c).map(|i| 7.0 - i as f64).collect();
+    let expected: Vec<f64> = (running.iter().zip(&new))
+        .map(|(running, new)| 0.75 * running.to_f64() + 0.25 * new)
+        .collect();
+    let (keep, take, count) = (0.75f64, 0.25f64, c as i64);
+    let args = [
+        Arg::slice_mut(&mut running),
+        Arg::slice(&new),
+        Arg::value(&keep),
+        Arg::value(&take),
+        Arg::value(&count),
+    ];
+    let options = Options {
+        grid: [2, 1, 1],
+        block: [256, 1, 1],
+        schedule,
+        ..Options::default()
+    };
+    // SAFETY: the arguments are those of bn_running, and both tensors have `count` values.
+    unsafe { launch(&format!("bn_running_{}", T::NAME), &options, &args) }.unwrap();
+    let got: Vec<f64> = running.iter().map(|v| v.to_f64()).collect();
+    assert_eq!(got, expected);
+}
+
+#[test]
+fn running_statistics_move() {
+    for schedule in SCHEDULES {
+        check_running::<f32>(schedule);
+        check_running::<f64>(schedule);
+    }
+}
