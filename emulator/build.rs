@@ -30,6 +30,7 @@ fn main() {
         // many schedules; both whatever the profile.
         build.cpp(true).opt_level(2).debug(true).warnings(true);
         build.flag("-isystem").flag(&cuda_include);
+        build.cpp_link_stdlib(None); // below, behind the sanitizer
         match sanitizer.as_str() {
             "address" => {
                 build.define("EMULATOR_ASAN", None);
@@ -74,9 +75,11 @@ fn main() {
         .files(sources("runtime", "cpp"))
         .compile("emulator_runtime");
 
+    // The first of the dynamic libraries, or the address sanitizer refuses to start.
     if let Some(library) = library {
         println!("cargo::rustc-link-lib=dylib={library}");
     }
+    println!("cargo::rustc-link-lib=dylib=stdc++");
 }
 
 /// NVIDIA's headers, of which the types and conversions of half precision are used.

@@ -85,7 +85,8 @@ private:
 #include "emulator_sync.h"
 #include "emulator_atomics.h"
 
-// Not in the C library.
+// Neither in the C library nor in those headers for a host compiler.
 inline float rsqrtf(float v) { return 1.0f / sqrtf(v); }
 inline double rsqrt(double v) { return 1.0 / sqrt(v); }
+inline int __popc(unsigned v) { return __builtin_popcount(v); }
 template <typename T> inline T __ldg(const T *address) { return *address; }
