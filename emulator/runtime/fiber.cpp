@@ -155,6 +155,15 @@ void acquire_for([[maybe_unused]] Context &context, [[maybe_unused]] Context &cu
 #endif
 }
 
+void release_for([[maybe_unused]] Context &context, [[maybe_unused]] Context &current,
+                 [[maybe_unused]] void *key) {
+#ifdef EMULATOR_TSAN
+  __tsan_switch_to_fiber(context.sanitizer_thread, __tsan_switch_to_fiber_no_sync);
+  __tsan_release(key);
+  __tsan_switch_to_fiber(current.sanitizer_thread, __tsan_switch_to_fiber_no_sync);
+#endif
+}
+
 void forget_fiber([[maybe_unused]] Context &context) {
 #ifdef EMULATOR_TSAN
   __tsan_destroy_fiber(context.sanitizer_thread);

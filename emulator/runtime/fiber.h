@@ -43,6 +43,8 @@ void switch_context(Context &from, Context &to, bool last);
 void fiber_entered();
 // For the thread sanitizer: lets `context` know all that was released under `key`, from `current`.
 void acquire_for(Context &context, Context &current, void *key);
+// The other way round: releases under `key` what `context` has done.
+void release_for(Context &context, Context &current, void *key);
 void forget_fiber(Context &context);
 
 } // namespace emulator

@@ -167,17 +167,19 @@ std::string Launch::run() {
     error = run_resident();
     retire_resident();
   }
-  acquire(&exit_key);
   for (const auto &cluster : ended) {
     for (const auto &block : cluster->blocks) {
       for (Thread &thread : block->threads) {
         if (thread.exited) {
           forget_fiber(thread.context);
+        } else { // given up after an error; what it did lies in the past all the same
+          release_for(thread.context, scheduler, &exit_key);
         }
         stacks.give_back(thread.stack);
       }
     }
   }
+  acquire(&exit_key);
   current = nullptr;
   return error;
 }

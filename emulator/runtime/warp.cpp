@@ -71,17 +71,16 @@ uint64_t warp_collective(Collective kind, unsigned mask, uint64_t value, unsigne
   thread.source = source;
   Pending *mine = nullptr;
   for (Pending &pending : warp.pending) {
-    if (!(pending.mask & mask)) {
-      continue;
-    }
-    if (pending.mask != mask || pending.site.line != site.line ||
-        pending.site.file != site.file || pending.site.what != site.what) {
+    if (pending.mask == mask && pending.site.line == site.line &&
+        pending.site.file == site.file && pending.site.what == site.what) {
+      mine = &pending;
+    } else if ((pending.arrived & mask) && (pending.mask & bit)) {
+      // Each waits for the other one. (Lanes that are only named may still come: a part of the
+      // warp may be ahead of another one.)
       fail("divergence in a warp: " + describe(site) + " with mask " + hex(mask) +
            ", while lanes " + hex(pending.arrived) + " wait in " + describe(pending.site) +
            " with mask " + hex(pending.mask));
     }
-    mine = &pending;
-    break;
   }
   if (!mine) {
     warp.pending.push_back({kind, mask, 0, site});

@@ -53,9 +53,11 @@ template <bool BUG> __device__ void sum_without_atomic(const float *x, float *y,
 PLANTED(sum_without_atomic)
 
 template <bool BUG> __device__ void index_overflow(const float *x, float *y, unsigned *) {
-  const int large = 1 << 30;
-  const int i = static_cast<int>(threadIdx.x) + large;
-  y[threadIdx.x] = x[BUG ? (i * 2 - i * 2) : (i - large) * 0];
+  int i = threadIdx.x + 1;
+  for (int round = 0; round < 20; ++round) {
+    i *= BUG ? 4 : 1;
+  }
+  y[threadIdx.x] = x[i & 1023];
 }
 PLANTED(index_overflow)
 
