@@ -56,7 +56,7 @@ Stacks::~Stacks() {
   }
 }
 
-#if defined(__x86_64__)
+#if EMULATOR_OWN_SWITCH
 // Saves what a function call preserves on the stack that is left, and loads it from the other one.
 // Much faster than swapcontext, which asks the kernel for the mask of signals at each switch.
 extern "C" void emulator_switch(void **save_sp, void *load_sp);
@@ -89,7 +89,7 @@ void make_fiber(Context &context, void *stack, void (*entry)()) {
   context.stack = stack;
   context.stack_size = kStackSize;
   context.sanitizer_stack = nullptr;
-#if defined(__x86_64__)
+#if EMULATOR_OWN_SWITCH
   // Six registers, the address to return to, and an end of the chain of calls; at `entry` the
   // stack is aligned as behind a call.
   uint64_t *top = reinterpret_cast<uint64_t *>(static_cast<char *>(stack) + kStackSize) - 4;
@@ -138,7 +138,7 @@ void switch_context(Context &from, Context &to, [[maybe_unused]] bool last) {
 #ifdef EMULATOR_TSAN
   __tsan_switch_to_fiber(to.sanitizer_thread, __tsan_switch_to_fiber_no_sync);
 #endif
-#if defined(__x86_64__)
+#if EMULATOR_OWN_SWITCH
   emulator_switch(&from.sp, to.sp);
 #else
   swapcontext(&from.context, &to.context);

@@ -2,7 +2,12 @@
 #pragma once
 
 #include <stddef.h>
-#if !defined(__x86_64__)
+
+// EMULATOR_UCONTEXT chooses the portable switch where there is a faster one.
+#if defined(__x86_64__) && !defined(EMULATOR_UCONTEXT)
+#define EMULATOR_OWN_SWITCH 1
+#else
+#define EMULATOR_OWN_SWITCH 0
 #include <ucontext.h>
 #endif
 
@@ -28,7 +33,7 @@ struct Context {
   size_t stack_size = 0;
   void *sanitizer_stack = nullptr;   // where the address sanitizer keeps its own
   void *sanitizer_thread = nullptr;  // what the thread sanitizer takes it for
-#if !defined(__x86_64__)
+#if !EMULATOR_OWN_SWITCH
   ucontext_t context;
 #endif
 };
