@@ -101,6 +101,8 @@ public:
   // Pushes `count` threads that became ready together.
   void push_all(Thread *const *threads, size_t count);
   Thread *pop();
+  // Lets the starved threads run like others, until they wait again.
+  void relieve();
   bool empty() const { return queue_.empty() && starved_.empty(); }
   std::mt19937_64 &random() { return random_; }
 

@@ -6,8 +6,9 @@ namespace emulator {
 
 namespace {
 
-// A kernel that waits for memory to change takes turns this often before it counts as stuck.
-constexpr uint64_t kMostYields = 2'000'000;
+// A kernel that waits for memory to change takes turns this often before it counts as stuck, and
+// this often before threads that are starved may run, since what it waits for may be up to them.
+constexpr uint64_t kMostYields = 10'000'000, kPatience = 1000;
 
 } // namespace
 
@@ -54,6 +55,9 @@ void yield(Site site) {
   if (++launch.yields > kMostYields) {
     fail("no progress: waits for memory to change in " + describe(site) + "\n" +
          describe_waiting(launch));
+  }
+  if (launch.yields % kPatience == 0) {
+    launch.ready.relieve();
   }
   launch.ready.push(launch.running);
   suspend(*launch.running);

@@ -61,6 +61,11 @@ Thread *Ready::pop() {
   return thread;
 }
 
+void Ready::relieve() {
+  queue_.insert(queue_.end(), starved_.begin(), starved_.end());
+  starved_.clear();
+}
+
 Launch::Launch(const Kernel &kernel, const Options &options, void **args)
     : kernel(kernel), options(options), args(args), layout(options.shared_bytes),
       stacks(all_stacks) {

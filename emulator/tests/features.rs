@@ -100,6 +100,23 @@ fn atomics_add_up() {
     }
 }
 
+/// Even if the thread that the others wait for is the one that is starved.
+#[test]
+fn waiting_for_memory_to_change_ends() {
+    for schedule in SCHEDULES.into_iter().chain((0..12).map(Schedule::Starve)) {
+        let x = vec![3f32; 64];
+        let (mut y, mut counter) = (vec![0f32; 64], vec![0u32]);
+        let args = [
+            Arg::slice(&x),
+            Arg::slice_mut(&mut y),
+            Arg::slice_mut(&mut counter),
+        ];
+        // SAFETY: the arguments are those of the kernel, which uses 64 values of x and y.
+        unsafe { launch("endless_wait_ok", &threads(64, schedule), &args) }.unwrap();
+        assert_eq!(y, x);
+    }
+}
+
 #[test]
 fn grids_and_blocks_have_three_dimensions() {
     for schedule in SCHEDULES {
