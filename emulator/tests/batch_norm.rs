@@ -137,7 +137,7 @@ fn a_constant_channel_gives_exactly_the_bias() {
     check_bias::<bf16>(3.3);
 }
 
-/// Every barrier of the kernels, on few blocks: the thread sanitizer finds a race in any schedule.
+/// On few blocks, for the thread sanitizer; it misses some races among so many threads (see README).
 #[test]
 fn no_kernel_has_a_race() {
     fn run_small<T: Value>(bits: usize) {
