@@ -1,5 +1,6 @@
 #include "fiber.h"
 
+#include <algorithm>
 #include <stdint.h>
 #include <stdio.h>
 #include <stdlib.h>
@@ -14,7 +15,26 @@ constexpr size_t kStackSize = 256 * 1024; // red zones make frames larger
 #else
 constexpr size_t kStackSize = 64 * 1024;
 #endif
-constexpr size_t kGuard = 4096;
+// Stacks of one mapping: a process may have some ten thousand mappings, and blocks more threads.
+constexpr size_t kStacksOfMapping = 64;
+constexpr size_t kMapping = kStackSize * kStacksOfMapping;
+// At the low end of each stack, where an overflow writes first.
+constexpr uint64_t kCanary = 0x5ca1ab1e0ddba115;
+constexpr size_t kCanaries = 32;
+
+namespace {
+
+void *map(void *address, size_t size, int flags) {
+  void *memory = mmap(address, size, PROT_READ | PROT_WRITE,
+                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE | flags, -1, 0);
+  if (memory == MAP_FAILED) {
+    perror("kernel-emulator: no memory for stacks");
+    abort();
+  }
+  return memory;
+}
+
+} // namespace
 
 struct Stacks::Node {
   Node *next;
@@ -23,36 +43,43 @@ struct Stacks::Node {
 size_t Stacks::size() { return kStackSize; }
 
 void *Stacks::take() {
-  if (free_) {
-    Node *node = free_;
-    free_ = node->next;
-    return reinterpret_cast<char *>(node + 1) - kStackSize;
+  if (!free_) {
+    char *memory = static_cast<char *>(map(nullptr, kMapping, 0));
+    mappings_.push_back(memory);
+    for (size_t i = 0; i < kStacksOfMapping; ++i) {
+      add(memory + i * kStackSize);
+    }
   }
-  void *memory = mmap(nullptr, kGuard + kStackSize, PROT_READ | PROT_WRITE,
-                      MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
-  if (memory == MAP_FAILED || mprotect(memory, kGuard, PROT_NONE) != 0) {
-    perror("kernel-emulator: no memory for stacks");
-    abort();
-  }
-  return static_cast<char *>(memory) + kGuard;
+  Node *node = free_;
+  free_ = node->next;
+  void *stack = reinterpret_cast<char *>(node + 1) - kStackSize;
+  std::fill_n(static_cast<uint64_t *>(stack), kCanaries, kCanary);
+  return stack;
 }
 
 void Stacks::give_back(void *stack) {
-  if (kTsan) { // a new mapping has no history of accesses
-    munmap(static_cast<char *>(stack) - kGuard, kGuard + kStackSize);
-    return;
-  }
   unpoison(stack, kStackSize); // a fibre that was given up leaves its red zones
+  const uint64_t *canaries = static_cast<const uint64_t *>(stack);
+  if (std::count(canaries, canaries + kCanaries, kCanary) != kCanaries) {
+    fprintf(stderr, "kernel-emulator: a thread needed more than its %zu bytes of stack\n",
+            kStackSize);
+    abort();
+  }
+  if (kTsan) { // a new mapping has no history of accesses
+    map(stack, kStackSize, MAP_FIXED);
+  }
+  add(stack);
+}
+
+void Stacks::add(void *stack) {
   Node *node = reinterpret_cast<Node *>(static_cast<char *>(stack) + kStackSize) - 1;
   node->next = free_;
   free_ = node;
 }
 
 Stacks::~Stacks() {
-  while (free_) {
-    Node *node = free_;
-    free_ = node->next;
-    munmap(reinterpret_cast<char *>(node + 1) - kStackSize - kGuard, kGuard + kStackSize);
+  for (void *memory : mappings_) {
+    munmap(memory, kMapping);
   }
 }
 

@@ -2,6 +2,7 @@
 #pragma once
 
 #include <stddef.h>
+#include <vector>
 
 // EMULATOR_UCONTEXT chooses the portable switch where there is a faster one.
 #if defined(__x86_64__) && !defined(EMULATOR_UCONTEXT)
@@ -13,7 +14,7 @@
 
 namespace emulator {
 
-// Memory for stacks, each above a page that may not be touched.
+// Memory for stacks. That one was too small shows when it is given back.
 class Stacks {
 public:
   ~Stacks();
@@ -24,6 +25,9 @@ public:
 private:
   struct Node;
   Node *free_ = nullptr;
+  std::vector<void *> mappings_;
+
+  void add(void *stack);
 };
 
 // A place where execution stopped and can go on: a fibre, or the thread that runs the fibres.
