@@ -15,26 +15,41 @@ fn main() -> anyhow::Result<()> {
     cudaforge::KernelBuilder::new()
         .source_glob("kernels/*.cu")
         .watch(["kernels"])
-        .compute_cap(compute_cap()?)
+        .compute_cap(portable()?)
+        .with_compute_override("cluster_*.cu", CLUSTERS)
         .arg("-std=c++17")
         .arg("-O3")
         .build_ptx()
         .context("compiling kernels/*.cu needs nvcc: set CUDA_HOME, or NVCC to its path")?
         .write(out_dir.join("ptx.rs"))?;
+    for dtype in ["f32", "f64", "f16", "bf16"] {
+        let path = out_dir.join(format!("cluster_{dtype}.ptx"));
+        let ptx = std::fs::read_to_string(&path)?;
+        // cudaforge asks for features that only this very architecture has, which later GPUs
+        // refuse. The kernels use none of them.
+        std::fs::write(&path, ptx.replace(".target sm_90a", ".target sm_90"))?;
+    }
     Ok(())
 }
 
-/// The architecture that the PTX is made for: 80, or `CUDA_COMPUTE_CAP` (8.6 as well as 86).
+/// The first architecture with clusters.
+#[cfg(feature = "cuda")]
+const CLUSTERS: usize = 90;
+
+/// The architecture of all other PTX.
+#[cfg(feature = "cuda")]
+const PORTABLE: usize = 80;
+
+/// The same, or `CUDA_COMPUTE_CAP` (7.5 as well as 75) if that is older.
 ///
 /// The driver compiles PTX for any GPU of this architecture or a newer one, so that no GPU is needed
-/// here. From 90 on cudaforge would ask for features that only this very architecture has (90a),
-/// which later GPUs refuse. The kernels use none of them, so 89 serves those GPUs as well.
+/// here.
 #[cfg(feature = "cuda")]
-fn compute_cap() -> anyhow::Result<usize> {
+fn portable() -> anyhow::Result<usize> {
     use anyhow::Context;
 
     let Ok(cap) = std::env::var("CUDA_COMPUTE_CAP") else {
-        return Ok(80);
+        return Ok(PORTABLE);
     };
     let digits: String = cap
         .trim_start_matches("sm_")
@@ -45,5 +60,5 @@ fn compute_cap() -> anyhow::Result<usize> {
     let cap: usize = digits.parse().with_context(|| {
         format!("CUDA_COMPUTE_CAP should be a number like 80 or 8.6, is {cap:?}")
     })?;
-    Ok(cap.min(89))
+    Ok(cap.min(PORTABLE))
 }

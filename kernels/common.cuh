@@ -1,19 +1,28 @@
-// What the kernels share: dtypes, sums over a group of threads, and which values a thread has.
+// What the kernels share: dtypes, and several neighbouring values at once.
 #pragma once
 
 #include <cuda_bf16.h>
 #include <cuda_fp16.h>
 #include <stdint.h>
+#include <string.h>
 
 // Shared memory of a block, and kernels that are launched by their names: macros, which the emulator
 // of kernels (emulator/README.md) has its own versions of.
 #ifndef BN_SHARED
 #define BN_SHARED(T, name, dims) __shared__ T name dims
+// One symbol for all types, or the compiler finds it declared twice.
+#define BN_DYN_SHARED(T, name)                                                                     \
+  extern __shared__ __align__(16) unsigned char bn_dynamic_shared[];                               \
+  T *name = reinterpret_cast<T *>(bn_dynamic_shared)
 #define BN_EXPORT(kernel)
-#endif
 
-constexpr int THREADS = 256; // of every block
-constexpr int CHUNK = 8;     // values that a thread loads before it uses the first of them
+// What another block has added to a counter, and before that written for others.
+__device__ inline unsigned load_acquire(const unsigned *counter) {
+  unsigned value;
+  asm volatile("ld.acquire.gpu.global.u32 %0, [%1];" : "=r"(value) : "l"(counter) : "memory");
+  return value;
+}
+#endif
 
 // The type in which the values of a tensor are computed.
 template <typename T> struct RealOf { using type = float; };
@@ -30,6 +39,8 @@ template <> __device__ inline __half from_real<__half>(float v) { return __float
 template <> __device__ inline __nv_bfloat16 from_real<__nv_bfloat16>(float v) {
   return __float2bfloat16_rn(v);
 }
+
+template <typename I> __device__ inline I smaller(I a, I b) { return a < b ? a : b; }
 
 // One rounding, the same in every kernel, whatever the compiler contracts elsewhere.
 __device__ inline float multiply_add(float a, float b, float c) { return fmaf(a, b, c); }
@@ -56,79 +67,30 @@ __device__ inline void store(void *values, int32_t dtype, int64_t i, double v) {
   }
 }
 
-// How a tensor x: [n, c, s] is divided among blocks. Mirrors `Problem` in src/ops/batch_norm/cuda/mod.rs.
-//
-// A block has `width` neighbouring channels: 1 where a channel's values lie together (s > 1), 32
-// for a matrix [m, c], so that the threads of a warp read neighbouring columns. The threads of a
-// block that share a channel are a group. The m = n·s values of a channel are cut into `splits`
-// parts, a block each.
-struct Problem {
-  int64_t c, s, m;
-  double eps;
-  int32_t splits, width;
-  int32_t params_dtype, given_dtype; // of weight and bias, and of a given mean and variance
-  int32_t relu, remove_mean, training;
+// The words in which so many bytes are loaded and stored at once.
+template <int BYTES> struct WordOf;
+template <> struct WordOf<16> { using type = uint4; };
+template <> struct WordOf<8> { using type = uint2; };
+template <> struct WordOf<4> { using type = unsigned; };
+template <> struct WordOf<2> { using type = unsigned short; };
+
+// V neighbouring values.
+template <typename T, int V> struct Vector {
+  using Word = typename WordOf<sizeof(T) * V>::type;
+  Word word;
+
+  __device__ T get(int i) const {
+    T values[V];
+    memcpy(values, &word, sizeof(word));
+    return values[i];
+  }
+  __device__ static Vector of(const T (&values)[V]) {
+    Vector vector;
+    memcpy(&vector.word, values, sizeof(vector.word));
+    return vector;
+  }
+  // `from` and `to` are multiples of the vector's size. What is written is not read again soon:
+  // `streaming` lets it be the first to leave the cache.
+  __device__ static Vector load(const T *from) { return {*reinterpret_cast<const Word *>(from)}; }
+  __device__ void store_streaming(T *to) const { __stcs(reinterpret_cast<Word *>(to), word); }
 };
-static_assert(sizeof(Problem) == 64, "the launches pass it by value");
-
-// The values of one thread: every `size`-th of its group's part of a channel.
-struct Values {
-  int64_t channel;
-  int64_t offset;  // of the next value in the tensor
-  int64_t left;    // how many there are still
-  int split;       // the part of the channel that the block has
-  int rank, size;  // of this thread in its group, and the group's
-  bool is_first;   // the first thread of its group, with a channel that exists
-
-  __device__ explicit Values(const Problem &p) {
-    const int64_t tile = blockIdx.x / p.splits;
-    split = blockIdx.x % p.splits;
-    channel = tile * p.width + threadIdx.x % p.width;
-    rank = threadIdx.x / p.width;
-    size = THREADS / p.width;
-    is_first = rank == 0 && channel < p.c;
-    const int64_t first = begin_of(p, split) + rank, end = begin_of(p, split + 1);
-    left = channel < p.c && first < end ? (end - first + size - 1) / size : 0;
-    in_plane = first % p.s;
-    offset = (first / p.s * p.c + channel) * p.s + in_plane;
-    plane = p.s;
-    step_in_plane = size % p.s;
-    step = size / p.s * p.c * p.s + step_in_plane;
-    to_next_plane = (p.c - 1) * p.s;
-  }
-
-  // Moves on to the thread's next value, without a division.
-  __device__ void next() {
-    offset += step;
-    in_plane += step_in_plane;
-    if (in_plane >= plane) {
-      in_plane -= plane;
-      offset += to_next_plane;
-    }
-    --left;
-  }
-
-  // Where a part of a channel begins, counted in values of that channel.
-  __device__ static int64_t begin_of(const Problem &p, int split) {
-    const int64_t part = (p.m + p.splits - 1) / p.splits;
-    const int64_t begin = part * split;
-    return begin < p.m ? begin : p.m;
-  }
-
-private:
-  int64_t in_plane, plane, step, step_in_plane, to_next_plane;
-};
-
-// Combines what the threads of a group have, always in the same order. Every thread of the block
-// has to call it, with `shared` for THREADS values; each gets the result of its group.
-template <typename V> __device__ V combine(V mine, V *shared, int width) {
-  shared[threadIdx.x] = mine;
-  __syncthreads();
-  for (int half = THREADS / 2; half >= width; half /= 2) {
-    if (threadIdx.x < half) {
-      shared[threadIdx.x] = shared[threadIdx.x].with(shared[threadIdx.x + half]);
-    }
-    __syncthreads();
-  }
-  return shared[threadIdx.x % width];
-}

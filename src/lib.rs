@@ -45,6 +45,7 @@
 //! with nvcc; `cudnn`, `mkl` and `accelerate` are candle's own. The API is the same with all of them.
 #![warn(missing_docs)]
 
+mod dims;
 pub mod layers;
 pub mod models;
 pub mod ops;

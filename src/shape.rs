@@ -4,26 +4,7 @@ use candle_core::{bail, DType, Device, Result, Tensor};
 
 use crate::ops::slices::check_float;
 
-/// The sizes of `x: [n, c, …]` with everything after the channels folded into `s`.
-///
-/// The statistics of a channel are taken over `m = n·s` values.
-#[derive(Debug, Clone, Copy, PartialEq, Eq)]
-pub(crate) struct Dims {
-    pub n: usize,
-    pub c: usize,
-    pub s: usize,
-}
-
-impl Dims {
-    /// The number of values per channel.
-    pub fn m(&self) -> usize {
-        self.n * self.s
-    }
-
-    pub fn numel(&self) -> usize {
-        self.m() * self.c
-    }
-}
+pub(crate) use crate::dims::Dims;
 
 /// Checks that `x` is something to normalise over dimension 1, and gives its sizes.
 pub(crate) fn check_input(x: &Tensor) -> Result<Dims> {

@@ -85,8 +85,16 @@ private:
 #include "emulator_sync.h"
 #include "emulator_atomics.h"
 
+// In kernels/common.cuh an instruction of its own.
+inline unsigned load_acquire(unsigned *counter, EMULATOR_SITE) {
+  return atomicAdd(counter, 0u, file, line);
+}
+
 // Neither in the C library nor in those headers for a host compiler.
 inline float rsqrtf(float v) { return 1.0f / sqrtf(v); }
 inline double rsqrt(double v) { return 1.0 / sqrt(v); }
 inline int __popc(unsigned v) { return __builtin_popcount(v); }
 template <typename T> inline T __ldg(const T *address) { return *address; }
+template <typename T> inline T __ldcg(const T *address) { return *address; }
+template <typename T> inline T __ldcs(const T *address) { return *address; }
+template <typename T> inline void __stcs(T *address, T value) { *address = value; }

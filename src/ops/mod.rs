@@ -18,6 +18,9 @@ pub use batch_norm::{
     batch_norm_inference, batch_norm_train, batch_norm_vjp, Activation, BatchNormArgs,
     BatchNormGrads, BatchNormPullback, BatchStats,
 };
+// For benches and tests of the kernels; no part of the API.
+#[doc(hidden)]
+pub use batch_norm::plan;
 pub use conv2d::conv2d;
 pub use cross_entropy::cross_entropy;
 pub use linear::linear;

@@ -5,36 +5,16 @@ use kernel_emulator::{launch, Arg, Options, Schedule};
 pub mod reference;
 pub mod values;
 
+use crate::dims::Dims;
+use crate::plan::{self, Blocks, DTypeCode, Direction, Plan, Problem};
 use values::Value;
-
-/// `THREADS` of kernels/common.cuh.
-const THREADS: u32 = 256;
-
-/// `struct Problem` of kernels/common.cuh.
-#[repr(C)]
-#[derive(Debug, Clone, Copy)]
-struct Problem {
-    c: i64,
-    s: i64,
-    m: i64,
-    eps: f64,
-    splits: i32,
-    width: i32,
-    params_dtype: i32,
-    given_dtype: i32,
-    relu: i32,
-    remove_mean: i32,
-    training: i32,
-}
-
-const _: () = assert!(size_of::<Problem>() == 64);
 
 /// One batch norm: what its tensors look like and which of them there are.
 #[derive(Debug, Clone, Copy)]
 pub struct Case {
     pub dims: (usize, usize, usize),
-    /// Parts of a channel, a block each.
-    pub splits: usize,
+    /// How blocks share a tile, how many do, and their threads.
+    pub kind: (Blocks, usize, usize),
     pub weight: bool,
     pub bias: bool,
     pub residual: bool,
@@ -46,13 +26,15 @@ pub struct Case {
     pub offset: f64,
     /// Every channel of x consists of one value.
     pub constant: bool,
+    /// The gradients of x, residual and parameters that are asked for.
+    pub wants: [bool; 3],
 }
 
 impl Case {
-    pub fn new(dims: (usize, usize, usize), splits: usize) -> Self {
+    pub fn new(dims: (usize, usize, usize), kind: (Blocks, usize, usize)) -> Self {
         Self {
             dims,
-            splits,
+            kind,
             weight: true,
             bias: true,
             residual: false,
@@ -61,6 +43,7 @@ impl Case {
             remove_mean: true,
             offset: 0.5,
             constant: false,
+            wants: [true; 3],
         }
     }
 
@@ -82,32 +65,33 @@ impl Case {
         self.dims.0 * self.dims.2
     }
 
-    fn width(&self) -> usize {
-        if self.dims.2 == 1 {
-            32
-        } else {
-            1
+    /// The launches in one direction; with given statistics there is nothing to find out forward.
+    fn plan<T>(&self, direction: Direction) -> Plan {
+        let (n, c, s) = self.dims;
+        let kind = match self.given && direction == Direction::Forward {
+            true => (Blocks::TwoPasses, self.kind.1, self.kind.2),
+            false => self.kind,
+        };
+        let mut plan = Plan::of_kind(Dims { n, c, s }, size_of::<T>(), direction, kind);
+        if plan.is_cooperative() {
+            // Fewer groups than tiles, so that they take several, one after the other.
+            let groups = plan.grid / plan.splits;
+            plan.grid = groups.div_ceil(2) * plan.splits;
         }
+        plan
     }
 
-    fn blocks(&self) -> usize {
-        self.dims.1.div_ceil(self.width()) * self.splits
-    }
-
-    fn problem<P: Value>(&self) -> Problem {
-        Problem {
-            c: self.dims.1 as i64,
-            s: self.dims.2 as i64,
-            m: self.m() as i64,
+    fn problem<P: Value>(&self, plan: &Plan) -> Problem {
+        let (n, c, s) = self.dims;
+        let options = plan::Options {
             eps: reference::EPS,
-            splits: self.splits as i32,
-            width: self.width() as i32,
-            params_dtype: P::CODE,
-            given_dtype: f64::CODE,
-            relu: self.relu.into(),
-            remove_mean: self.remove_mean.into(),
-            training: (!self.given).into(),
-        }
+            params_dtype: Some(P::CODE),
+            given_dtype: Some(DTypeCode::F64),
+            relu: self.relu,
+            remove_mean: self.remove_mean,
+            training: !self.given,
+        };
+        Problem::new(Dims { n, c, s }, plan, &options)
     }
 }
 
@@ -156,7 +140,7 @@ pub struct Outputs<T, P> {
     pub dparams: Vec<P>,
 }
 
-/// All four kernels, one after the other.
+/// Forward and backward, one after the other.
 pub fn run<T: Value, P: Value>(
     case: &Case,
     inputs: &Inputs<T, P>,
@@ -164,27 +148,23 @@ pub fn run<T: Value, P: Value>(
 ) -> Outputs<T, P> {
     let c = case.dims.1;
     let numel = inputs.x.len();
-    let problem = case.problem::<P>();
-    let start = |kernel: &str, args: &[Arg]| {
-        let name = format!("bn_{kernel}_{}", T::NAME);
+    let start = |kernel: &str, plan: &Plan, args: &[Arg]| {
+        let name = plan.kernel(kernel, T::NAME);
         let options = Options {
-            grid: [case.blocks() as u32, 1, 1],
-            block: [THREADS, 1, 1],
+            grid: [plan.grid as u32, 1, 1],
+            block: [plan.threads as u32, 1, 1],
+            cluster: [plan.cluster() as u32, 1, 1],
+            shared_bytes: plan.shared_bytes,
+            cooperative: plan.is_cooperative(),
             schedule,
-            ..Options::default()
         };
         // SAFETY: the calls below pass the arguments of the kernels' declarations, with n·c·s
-        // values for a tensor like x, c or 2·c per channel, and two for each part of each channel.
+        // values for a tensor like x, c or 2·c per channel, and the plan's partials and counters.
         let result = unsafe { launch(&name, &options, args) };
-        result.unwrap_or_else(|error| panic!("{error}\n{case:?} {schedule:?}"));
+        result.unwrap_or_else(|error| panic!("{error}\n{case:?} {plan:?} {schedule:?}"));
     };
-    let some = |there: bool, values| there.then_some(values);
-    let x = Arg::slice(&inputs.x);
-    let weight = Arg::optional(case.weight.then_some(&inputs.weight[..]));
-    let bias = Arg::optional(case.bias.then_some(&inputs.bias[..]));
-    let residual = Arg::optional(some(case.residual, &inputs.residual[..]));
     // NaN wherever a kernel leaves something out.
-    let mut partials = vec![f64::NAN; 2 * c * case.splits];
+    let partials_of = |plan: &Plan| vec![f64::NAN; plan.partials()];
     let like_x = || vec![T::from_f64(f64::NAN); numel];
     let mut outputs = Outputs {
         y: like_x(),
@@ -193,58 +173,78 @@ pub fn run<T: Value, P: Value>(
         dresidual: like_x(),
         dparams: vec![P::from_f64(f64::NAN); 2 * c],
     };
+    let x = Arg::slice(&inputs.x);
+    let weight = Arg::optional(case.weight.then_some(&inputs.weight[..]));
+    let bias = Arg::optional(case.bias.then_some(&inputs.bias[..]));
+    let residual = Arg::optional(case.residual.then_some(&inputs.residual[..]));
 
-    if !case.given {
-        let args = [x, Arg::slice_mut(&mut partials), Arg::value(&problem)];
-        start("stats", &args);
-    }
-    start(
-        "forward",
-        &[
+    let plan = case.plan::<T>(Direction::Forward);
+    let problem = case.problem::<P>(&plan);
+    let mut partials = partials_of(&plan);
+    let mut counters = vec![0u32; plan.counters()];
+    if plan.blocks == Blocks::TwoPasses {
+        if !case.given {
+            let args = [x, Arg::slice_mut(&mut partials), Arg::value(&problem)];
+            start("stats", &plan, &args);
+        }
+        let given = |values| Arg::optional(case.given.then_some(values));
+        let args = [
             x,
             residual,
             weight,
             bias,
-            Arg::optional(case.given.then_some(&inputs.mean[..])),
-            Arg::optional(case.given.then_some(&inputs.var[..])),
-            Arg::optional((!case.given).then_some(&partials[..])),
+            given(&inputs.mean[..]),
+            given(&inputs.var[..]),
+            Arg::slice(&partials),
             Arg::slice_mut(&mut outputs.y),
             Arg::slice_mut(&mut outputs.saved),
             Arg::value(&problem),
-        ],
-    );
-    partials.fill(f64::NAN);
-    let dy = Arg::slice(&inputs.dy);
-    let y = Arg::optional(some(case.relu && case.residual, &outputs.y[..]));
-    let saved = Arg::slice(&outputs.saved);
-    start(
-        "backward_sums",
-        &[
+        ];
+        start("forward", &plan, &args);
+    } else {
+        let args = [
             x,
-            dy,
-            y,
+            residual,
             weight,
             bias,
-            saved,
             Arg::slice_mut(&mut partials),
+            Arg::slice_mut(&mut counters),
+            Arg::slice_mut(&mut outputs.y),
+            Arg::slice_mut(&mut outputs.saved),
             Arg::value(&problem),
-        ],
-    );
-    start(
-        "backward",
-        &[
-            x,
-            dy,
-            y,
-            weight,
-            bias,
-            saved,
-            Arg::slice(&partials),
-            Arg::slice_mut(&mut outputs.dx),
-            Arg::slice_mut(&mut outputs.dresidual),
-            Arg::slice_mut(&mut outputs.dparams),
-            Arg::value(&problem),
-        ],
-    );
+        ];
+        start("forward", &plan, &args);
+    }
+    assert!(counters.iter().all(|&counter| counter == 0), "{case:?}");
+
+    let plan = case.plan::<T>(Direction::Backward);
+    let problem = case.problem::<P>(&plan);
+    let mut partials = partials_of(&plan);
+    let mut counters = vec![0u32; plan.counters()];
+    let dy = Arg::slice(&inputs.dy);
+    let y = Arg::optional((case.relu && case.residual).then_some(&outputs.y[..]));
+    let saved = Arg::slice(&outputs.saved);
+    let mut first = vec![x, dy, y, weight, bias, saved];
+    let [wants_dx, wants_dresidual, wants_dparams] = case.wants;
+    let needs_sums = wants_dparams || (wants_dx && !case.given);
+    if plan.blocks == Blocks::TwoPasses && needs_sums {
+        let args = [Arg::slice_mut(&mut partials), Arg::value(&problem)];
+        start("backward_sums", &plan, &[&first[..], &args].concat());
+        first.push(Arg::slice(&partials));
+    } else if plan.blocks == Blocks::TwoPasses {
+        first.push(Arg::null());
+    } else {
+        first.push(Arg::slice_mut(&mut partials));
+        first.push(Arg::slice_mut(&mut counters));
+    }
+    let wanted = |wants, gradient| if wants { gradient } else { Arg::null() };
+    let args = [
+        wanted(wants_dx, Arg::slice_mut(&mut outputs.dx)),
+        wanted(wants_dresidual, Arg::slice_mut(&mut outputs.dresidual)),
+        wanted(wants_dparams, Arg::slice_mut(&mut outputs.dparams)),
+        Arg::value(&problem),
+    ];
+    start("backward", &plan, &[&first[..], &args].concat());
+    assert!(counters.iter().all(|&counter| counter == 0), "{case:?}");
     outputs
 }

@@ -2,11 +2,12 @@
 
 use half::{bf16, f16};
 
+use crate::plan::DTypeCode;
+
 pub trait Value: Copy + PartialEq + std::fmt::Debug {
     /// In the names of the kernels.
     const NAME: &'static str;
-    /// `enum DType` of kernels/common.cuh.
-    const CODE: i32;
+    const CODE: DTypeCode;
     /// How far a value may be off, relative to its size or to 1.
     const TOLERANCE: f64;
 
@@ -16,10 +17,10 @@ pub trait Value: Copy + PartialEq + std::fmt::Debug {
 }
 
 macro_rules! value {
-    ($type:ty, $name:literal, $code:literal, $tolerance:literal, $from:expr, $to:expr) => {
+    ($type:ty, $name:literal, $code:ident, $tolerance:literal, $from:expr, $to:expr) => {
         impl Value for $type {
             const NAME: &'static str = $name;
-            const CODE: i32 = $code;
+            const CODE: DTypeCode = DTypeCode::$code;
             const TOLERANCE: f64 = $tolerance;
 
             fn from_f64(value: f64) -> Self {
@@ -35,10 +36,10 @@ macro_rules! value {
     };
 }
 
-value!(f32, "f32", 0, 2e-6, |v| v as f32, f64::from);
-value!(f64, "f64", 1, 1e-12, |v| v, |v| v);
-value!(f16, "f16", 2, 1e-3, f16::from_f64, f16::to_f64);
-value!(bf16, "bf16", 3, 8e-3, bf16::from_f64, bf16::to_f64);
+value!(f32, "f32", F32, 2e-6, |v| v as f32, f64::from);
+value!(f64, "f64", F64, 1e-12, |v| v, |v| v);
+value!(f16, "f16", F16, 1e-3, f16::from_f64, f16::to_f64);
+value!(bf16, "bf16", BF16, 8e-3, bf16::from_f64, bf16::to_f64);
 
 /// xorshift64*, so that the tests need no crate for it.
 pub struct Random(u64);

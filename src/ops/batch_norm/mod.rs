@@ -4,10 +4,9 @@ mod args;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
-#[cfg(any(feature = "cuda", test))]
-mod division;
 mod host;
 mod op;
+pub mod plan;
 mod running;
 mod vjp;
 

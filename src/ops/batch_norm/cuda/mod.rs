@@ -1,107 +1,65 @@
-//! Launches of `kernels/batch_norm.cu`: no maths here.
+//! Batch norm on CUDA: which kernels are launched, and with which tensors. No maths here.
+
+use std::ffi::c_void;
+use std::ptr;
 
 use candle_core::backend::{BackendDevice, BackendStorage};
-use candle_core::cuda_backend::{CudaDType, WrapErr};
+use candle_core::cuda_backend::CudaDType;
 use candle_core::op::BackpropOp;
-use candle_core::{bail, CudaDevice, CudaStorage, DType, Layout, Result, Shape, Storage, Tensor};
-use cudarc::driver::sys::CUdevice_attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT;
-use cudarc::driver::{CudaFunction, CudaSlice, DeviceRepr, LaunchConfig, PushKernelArg};
+use candle_core::{bail, CudaDevice, CudaStorage, DType, Result, Shape, Storage, Tensor};
+use cudarc::driver::{CudaFunction, CudaSlice, CudaView, DeviceRepr};
 
-use super::division::{Division, THREADS};
-use super::op::{BackwardTensors, BatchNormOp, Operands, TensorGrads};
-use super::running::MoveTowards;
+use super::op::{BackwardTensors, BatchNormOp, Operand, Operands, TensorGrads};
+use super::plan::{self, Blocks, DTypeCode, Direction, Plan, Problem};
 use super::{Activation, Spec, Wants, NAME};
 use crate::ops::slices::dispatch;
 use crate::shape::Dims;
-use args::{push_mut, push_storage, push_view, view, PerChannel};
+use device::{aligned, function, limits, Counters};
+use launch::{prepare, Args};
+pub(super) use running::move_towards;
+use tensors::{view, PerChannel};
 
-mod args;
-
-mod ptx {
-    include!(concat!(env!("OUT_DIR"), "/ptx.rs"));
-}
-
-/// The name under which candle keeps the compiled module, among all modules of a device.
-const MODULE: &str = concat!("candle-batch-norm ", env!("CARGO_PKG_VERSION"));
+mod device;
+mod launch;
+mod running;
+mod tensors;
 
 /// A dtype that the kernels are compiled for.
 trait Kernel: CudaDType + DeviceRepr + candle_core::WithDType {}
 impl<T: CudaDType + DeviceRepr + candle_core::WithDType> Kernel for T {}
 
-/// `struct Problem` of kernels/common.cuh, which says what the fields mean.
-#[repr(C)]
-#[derive(Clone, Copy)]
-struct Problem {
-    c: i64,
-    s: i64,
-    m: i64,
-    eps: f64,
-    splits: i32,
-    width: i32,
-    params_dtype: i32,
-    given_dtype: i32,
-    relu: i32,
-    remove_mean: i32,
-    training: i32,
-}
-
-const _: () = assert!(size_of::<Problem>() == 64);
-
-// SAFETY: plain numbers in the layout of the kernels' struct of the same name, without pointers.
-unsafe impl DeviceRepr for Problem {}
-
-impl Problem {
-    fn new(spec: &Spec, division: Division, params: Option<DType>, given: Option<DType>) -> Self {
-        Self {
-            c: spec.dims.c as i64,
-            s: spec.dims.s as i64,
-            m: spec.dims.m() as i64,
-            eps: spec.eps,
-            splits: division.splits as i32,
-            width: division.width as i32,
-            params_dtype: params.map_or(0, dtype_code),
-            given_dtype: given.map_or(0, dtype_code),
-            relu: (spec.activation == Activation::Relu).into(),
-            remove_mean: spec.remove_mean.into(),
-            training: spec.training.into(),
-        }
-    }
-}
-
-/// `enum DType` of kernels/common.cuh.
-fn dtype_code(dtype: DType) -> i32 {
-    match dtype {
-        DType::F32 => 0,
-        DType::F64 => 1,
-        DType::F16 => 2,
-        _ => 3,
-    }
-}
-
-/// How `dims` are divided among the blocks of `device`.
-fn division_on(dims: Dims, device: &CudaDevice) -> Result<Division> {
-    let context = device.cuda_stream().context().clone();
-    let multiprocessors = context
-        .attribute(CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
-        .w()?;
-    Ok(Division::new(dims, multiprocessors.max(1) as usize))
-}
-
-/// Room for two numbers of every part of every channel.
-fn partials(division: Division, dims: Dims, device: &CudaDevice) -> Result<CudaSlice<f64>> {
-    // SAFETY: the first pass writes every value before the second reads it.
-    unsafe { device.alloc(2 * dims.c * division.splits) }
-}
-
-fn launch_config(blocks: usize) -> Result<LaunchConfig> {
-    let Some(blocks) = u32::try_from(blocks).ok().filter(|&b| b <= i32::MAX as u32) else {
-        bail!("batch norm would need {blocks} blocks, more than a CUDA grid has")
+fn problem(spec: &Spec, plan: &Plan, params: Option<DType>, given: Option<DType>) -> Problem {
+    let options = plan::Options {
+        eps: spec.eps,
+        params_dtype: params.map(code_of),
+        given_dtype: given.map(code_of),
+        relu: spec.activation == Activation::Relu,
+        remove_mean: spec.remove_mean,
+        training: spec.training,
     };
-    Ok(LaunchConfig {
-        grid_dim: (blocks, 1, 1),
-        block_dim: (THREADS as u32, 1, 1),
-        shared_mem_bytes: 0,
-    })
+    Problem::new(spec.dims, plan, &options)
+}
+
+fn code_of(dtype: DType) -> DTypeCode {
+    match dtype {
+        DType::F32 => DTypeCode::F32,
+        DType::F64 => DTypeCode::F64,
+        DType::F16 => DTypeCode::F16,
+        _ => DTypeCode::BF16,
+    }
+}
+
+fn address_of<V>(value: &V) -> *const c_void {
+    ptr::from_ref(value).cast()
+}
+
+/// Room for what the blocks of a plan leave for each other, if anything.
+fn partials(plan: &Plan, device: &CudaDevice) -> Result<Option<CudaSlice<f64>>> {
+    let count = plan.partials();
+    // SAFETY: the kernels write every value before they read it.
+    (count > 0)
+        .then(|| unsafe { device.alloc(count) })
+        .transpose()
 }
 
 fn cuda_storage(storage: &Storage) -> Result<&CudaStorage> {
@@ -116,10 +74,47 @@ fn dtype_of(operands: &Operands<CudaStorage>) -> Option<DType> {
     Some(storage.dtype())
 }
 
-fn function<T: Kernel>(device: &CudaDevice, kernel: &str) -> Result<CudaFunction> {
-    let name = format!("bn_{kernel}_{}", T::DTYPE.as_str());
-    let function = device.get_or_load_custom_func(&name, MODULE, ptx::BATCH_NORM)?;
-    Ok(function.into_cuda_function())
+fn kernel<T: Kernel>(plan: &Plan, what: &str, device: &CudaDevice) -> Result<CudaFunction> {
+    let name = plan.kernel(what, T::DTYPE.as_str());
+    function(device, &name, Some(plan.blocks), T::DTYPE)
+}
+
+/// The plan of a launch, and its last kernel. What the device does not run as one pass takes two.
+fn choose<T: Kernel>(
+    dims: Dims,
+    direction: Direction,
+    needs_sums: bool,
+    device: &CudaDevice,
+) -> Result<(Plan, CudaFunction)> {
+    let limits = limits(device)?;
+    let what = match direction {
+        Direction::Forward => "forward",
+        Direction::Backward => "backward",
+    };
+    if needs_sums {
+        let plan = Plan::new(dims, size_of::<T>(), direction, &limits);
+        let function = kernel::<T>(&plan, what, device)?;
+        if plan.blocks == Blocks::TwoPasses
+            || prepare(&function, (&plan).into(), &device.cuda_stream())?
+        {
+            return Ok((plan, function));
+        }
+    }
+    let plan = Plan::two_passes(dims, size_of::<T>(), direction, &limits);
+    let function = kernel::<T>(&plan, what, device)?;
+    Ok((plan, function))
+}
+
+/// As [`aligned`], of a tensor that may be absent.
+fn optional<'a, T: Kernel>(
+    operand: &Option<Operand<'a, CudaStorage>>,
+    copy: &'a mut Option<CudaSlice<T>>,
+    device: &CudaDevice,
+) -> Result<Option<CudaView<'a, T>>> {
+    match operand {
+        None => Ok(None),
+        Some(operand) => Ok(Some(aligned(view::<T>(operand)?, copy, device)?)),
+    }
 }
 
 fn wrap(storage: CudaStorage, shape: impl Into<Shape>) -> Tensor {
@@ -147,17 +142,16 @@ fn forward_as<T: Kernel>(
     let device = operands.x.0.device().clone();
     let stream = device.cuda_stream();
     let dims = spec.dims;
-    let division = division_on(dims, &device)?;
-    let config = launch_config(division.blocks)?;
+    let (plan, forward) = choose::<T>(dims, Direction::Forward, given.is_none(), &device)?;
     let given_dtype = given.map(|(mean, _)| mean.dtype());
-    let problem = Problem::new(spec, division, dtype_of(operands), given_dtype);
+    let problem = problem(spec, &plan, dtype_of(operands), given_dtype);
+    let values = [address_of(&problem)];
 
-    let x = view::<T>(&operands.x)?;
-    let residual = operands.residual.as_ref().map(view::<T>).transpose()?;
-    let (weight, bias) = (
-        PerChannel::of(&operands.weight)?,
-        PerChannel::of(&operands.bias)?,
-    );
+    let (mut x_copy, mut residual_copy) = (None, None);
+    let x = aligned(view::<T>(&operands.x)?, &mut x_copy, &device)?;
+    let residual = optional::<T>(&operands.residual, &mut residual_copy, &device)?;
+    let weight = PerChannel::of(&operands.weight)?;
+    let bias = PerChannel::of(&operands.bias)?;
     let given = given.map(|(mean, var)| (mean.storage_and_layout(), var.storage_and_layout()));
     let (mean, var) = match &given {
         None => (None, None),
@@ -166,37 +160,47 @@ fn forward_as<T: Kernel>(
             Some(PerChannel::new(&(cuda_storage(&var.0)?, var.1.clone()))?),
         ),
     };
-
-    let mut partials = match given.is_some() {
-        true => None,
-        false => Some(partials(division, dims, &device)?),
-    };
-    if let Some(partials) = &mut partials {
-        let stats = function::<T>(&device, "stats")?;
-        let mut args = stream.launch_builder(&stats);
-        args.arg(&x).arg(partials).arg(&problem);
-        // SAFETY: the arguments are those of bn_stats, `x` has n·c·s values, and `partials` two for
-        // each of the division's parts.
-        unsafe { args.launch(config) }.w()?;
-    }
-    // SAFETY: the kernel writes every value of `y` and of `saved`.
+    // SAFETY: the kernels write every value of `y` and of `saved`.
     let mut y = unsafe { device.alloc::<T>(dims.numel())? };
     // SAFETY: as above.
     let mut saved = unsafe { device.alloc::<f64>(2 * dims.c)? };
-    let partials = partials.as_ref().map(|partials| partials.slice(..));
-    let forward = function::<T>(&device, "forward")?;
-    let mut args = stream.launch_builder(&forward);
-    args.arg(&x);
-    push_view(&residual, &mut args);
+    let mut partials = partials(&plan, &device)?;
+    let mut counters = Counters::of(&plan, &device)?;
+
+    if plan.blocks == Blocks::TwoPasses && given.is_none() {
+        let mut args = Args::new(&stream);
+        args.read(&x).write_optional(&mut partials);
+        // SAFETY: the arguments are those of bn_stats, `x` has n·c·s values, and `partials` are the
+        // plan's.
+        unsafe {
+            args.launch(
+                &kernel::<T>(&plan, "stats", &device)?,
+                (&plan).into(),
+                &values,
+            )?
+        };
+    }
+    let mut args = Args::new(&stream);
+    args.read(&x).read_optional(&residual);
     PerChannel::push(&weight, &mut args);
     PerChannel::push(&bias, &mut args);
-    PerChannel::push(&mean, &mut args);
-    PerChannel::push(&var, &mut args);
-    push_view(&partials, &mut args);
-    args.arg(&mut y).arg(&mut saved).arg(&problem);
-    // SAFETY: the arguments are those of bn_forward; `x`, `residual` and `y` have n·c·s values, the
-    // tensors per channel c each, `saved` 2·c, and either mean and variance or `partials` is there.
-    unsafe { args.launch(config) }.w()?;
+    if plan.blocks == Blocks::TwoPasses {
+        PerChannel::push(&mean, &mut args);
+        PerChannel::push(&var, &mut args);
+        args.write_optional(&mut partials);
+        args.write(&mut y).write(&mut saved);
+        // SAFETY: the arguments are those of bn_forward; `x`, `residual` and `y` have n·c·s values,
+        // the tensors per channel c each, `saved` 2·c, and mean and variance are there or else
+        // `partials` have their sums.
+        unsafe { args.launch(&forward, (&plan).into(), &values)? };
+    } else {
+        args.write_optional(&mut partials);
+        Counters::push(&mut counters, &mut args);
+        args.write(&mut y).write(&mut saved);
+        // SAFETY: the arguments are those of bn_forward_group and bn_forward_cluster, with the
+        // sizes of those above; `partials` and counters are the plan's.
+        unsafe { args.launch(&forward, (&plan).into(), &values)? };
+    }
     let saved = CudaStorage::wrap_cuda_slice(saved, device.clone());
     Ok((
         CudaStorage::wrap_cuda_slice(y, device),
@@ -230,41 +234,26 @@ fn backward_as<T: Kernel>(
     let device = operands.x.0.device().clone();
     let stream = device.cuda_stream();
     let (spec, dims) = (&op.spec, op.spec.dims);
-    let division = division_on(dims, &device)?;
-    let config = launch_config(division.blocks)?;
+    let needs_sums = wants.dparams || (wants.dx && spec.training);
+    let (plan, backward) = choose::<T>(dims, Direction::Backward, needs_sums, &device)?;
     let params_dtype = dtype_of(&operands);
-    let problem = Problem::new(spec, division, params_dtype, None);
+    let problem = problem(spec, &plan, params_dtype, None);
+    let values = [address_of(&problem)];
 
-    let x = view::<T>(&operands.x)?;
-    let dy = view::<T>(&(cuda_storage(&dy)?, dy_layout.clone()))?;
+    let (mut x_copy, mut dy_copy, mut y_copy) = (None, None, None);
+    let x = aligned(view::<T>(&operands.x)?, &mut x_copy, &device)?;
+    let dy = (cuda_storage(&dy)?, dy_layout.clone());
+    let dy = aligned(view::<T>(&dy)?, &mut dy_copy, &device)?;
     let y = match &y {
         None => None,
-        Some((y, layout)) => Some(view::<T>(&(cuda_storage(y)?, (*layout).clone()))?),
+        Some((y, layout)) => Some((cuda_storage(y)?, (*layout).clone())),
     };
+    let y = optional::<T>(&y, &mut y_copy, &device)?;
     let saved = view::<f64>(&(cuda_storage(&saved)?, saved_layout.clone()))?;
-    let (weight, bias) = (
-        PerChannel::of(&operands.weight)?,
-        PerChannel::of(&operands.bias)?,
-    );
-
-    let mut partials = match wants.dparams || (wants.dx && spec.training) {
-        true => Some(partials(division, dims, &device)?),
-        false => None,
-    };
-    if let Some(partials) = &mut partials {
-        let sums = function::<T>(&device, "backward_sums")?;
-        let mut args = stream.launch_builder(&sums);
-        args.arg(&x).arg(&dy);
-        push_view(&y, &mut args);
-        PerChannel::push(&weight, &mut args);
-        PerChannel::push(&bias, &mut args);
-        args.arg(&saved).arg(partials).arg(&problem);
-        // SAFETY: the arguments are those of bn_backward_sums; `x`, `dy` and `y` have n·c·s values,
-        // the parameters c, `saved` 2·c, and `partials` two for each of the division's parts.
-        unsafe { args.launch(config) }.w()?;
-    }
+    let weight = PerChannel::of(&operands.weight)?;
+    let bias = PerChannel::of(&operands.bias)?;
     let like_x = |wanted: bool| -> Result<Option<CudaSlice<T>>> {
-        // SAFETY: the kernel writes every value.
+        // SAFETY: the kernels write every value.
         wanted
             .then(|| unsafe { device.alloc::<T>(dims.numel()) })
             .transpose()
@@ -272,27 +261,49 @@ fn backward_as<T: Kernel>(
     let (mut dx, mut dresidual) = (like_x(wants.dx)?, like_x(wants.dresidual)?);
     let params_shape = Shape::from((2, dims.c));
     let mut dparams = match params_dtype.filter(|_| wants.dparams) {
-        // SAFETY: the kernel writes both values of every channel.
+        // SAFETY: the kernels write both values of every channel.
         Some(dtype) => Some(unsafe { device.alloc_uninit(&params_shape, dtype)? }),
         None => None,
     };
-    let partials = partials.as_ref().map(|partials| partials.slice(..));
-    let backward = function::<T>(&device, "backward")?;
-    let mut args = stream.launch_builder(&backward);
-    args.arg(&x).arg(&dy);
-    push_view(&y, &mut args);
-    PerChannel::push(&weight, &mut args);
-    PerChannel::push(&bias, &mut args);
-    args.arg(&saved);
-    push_view(&partials, &mut args);
-    push_mut(&mut dx, &mut args);
-    push_mut(&mut dresidual, &mut args);
-    push_storage(&mut dparams, &mut args)?;
-    args.arg(&problem);
-    // SAFETY: the arguments are those of bn_backward; tensors like `x` have n·c·s values, the
-    // parameters c, `saved` and `dparams` 2·c, and `partials` two for each of the division's parts.
-    unsafe { args.launch(config) }.w()?;
-    drop(args);
+    let mut partials = partials(&plan, &device)?;
+    let mut counters = Counters::of(&plan, &device)?;
+    let inputs = || {
+        let mut args = Args::new(&stream);
+        args.read(&x).read(&dy).read_optional(&y);
+        PerChannel::push(&weight, &mut args);
+        PerChannel::push(&bias, &mut args);
+        args.read(&saved);
+        args
+    };
+
+    if plan.blocks == Blocks::TwoPasses && needs_sums {
+        let mut args = inputs();
+        args.write_optional(&mut partials);
+        let sums = kernel::<T>(&plan, "backward_sums", &device)?;
+        // SAFETY: the arguments are those of bn_backward_sums; `x`, `dy` and `y` have n·c·s values,
+        // the parameters c, `saved` 2·c, and `partials` are the plan's.
+        unsafe { args.launch(&sums, (&plan).into(), &values)? };
+    }
+    let mut args = inputs();
+    if plan.blocks == Blocks::TwoPasses {
+        match needs_sums {
+            true => args.write_optional(&mut partials),
+            false => args.null(),
+        };
+        args.write_optional(&mut dx).write_optional(&mut dresidual);
+        PerChannel::push_storage(&mut dparams, &mut args)?;
+        // SAFETY: the arguments are those of bn_backward; tensors like `x` have n·c·s values, the
+        // parameters c, `saved` and `dparams` 2·c, and `partials`, if any, have the sums.
+        unsafe { args.launch(&backward, (&plan).into(), &values)? };
+    } else {
+        args.write_optional(&mut partials);
+        Counters::push(&mut counters, &mut args);
+        args.write_optional(&mut dx).write_optional(&mut dresidual);
+        PerChannel::push_storage(&mut dparams, &mut args)?;
+        // SAFETY: the arguments are those of bn_backward_group and bn_backward_cluster, with the
+        // sizes of those above; `partials` and counters are the plan's.
+        unsafe { args.launch(&backward, (&plan).into(), &values)? };
+    }
     let like_x = |slice: CudaSlice<T>| {
         let storage = CudaStorage::wrap_cuda_slice(slice, device.clone());
         wrap(storage, operands.x.1.shape())
@@ -302,43 +313,4 @@ fn backward_as<T: Kernel>(
         dparams: dparams.map(|storage| wrap(storage, params_shape)),
         dresidual: dresidual.map(like_x),
     })
-}
-
-/// `running = keep·running + take·new`
-pub(super) fn move_towards(
-    update: &MoveTowards,
-    running: &mut CudaStorage,
-    running_layout: &Layout,
-    new: &CudaStorage,
-    new_layout: &Layout,
-) -> Result<()> {
-    match running.dtype() {
-        DType::F32 => move_towards_as::<f32>(update, running, running_layout, new, new_layout),
-        DType::F64 => move_towards_as::<f64>(update, running, running_layout, new, new_layout),
-        dtype => bail!("batch norm expects running statistics of dtype F32 or F64, got {dtype:?}"),
-    }
-}
-
-fn move_towards_as<T: Kernel>(
-    update: &MoveTowards,
-    running: &mut CudaStorage,
-    running_layout: &Layout,
-    new: &CudaStorage,
-    new_layout: &Layout,
-) -> Result<()> {
-    let device = new.device().clone();
-    let stream = device.cuda_stream();
-    let Some((start, end)) = running_layout.contiguous_offsets() else {
-        bail!("batch norm expects contiguous running statistics, got {running_layout:?}")
-    };
-    let new = view::<f64>(&(new, new_layout.clone()))?;
-    let count = (end - start) as i64;
-    let mut running = running.as_cuda_slice_mut::<T>()?.slice_mut(start..end);
-    let function = function::<T>(&device, "running")?;
-    let mut args = stream.launch_builder(&function);
-    args.arg(&mut running).arg(&new);
-    args.arg(&update.keep).arg(&update.take).arg(&count);
-    // SAFETY: the arguments are those of bn_running, and both tensors have `count` values.
-    unsafe { args.launch(launch_config((end - start).div_ceil(THREADS))?) }.w()?;
-    Ok(())
 }

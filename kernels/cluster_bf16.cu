@@ -1,0 +1,3 @@
+#include "cluster.cuh"
+
+LAYOUTS(CLUSTER_KERNELS, bf16, __nv_bfloat16)

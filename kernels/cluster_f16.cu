@@ -1,0 +1,3 @@
+#include "cluster.cuh"
+
+LAYOUTS(CLUSTER_KERNELS, f16, __half)
