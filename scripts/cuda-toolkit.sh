@@ -17,6 +17,7 @@ packages=(
   nvidia-cuda-nvcc==13.0.88 nvidia-cuda-crt==13.0.88 nvidia-nvvm==13.0.88
   nvidia-cuda-runtime==13.0.96 nvidia-cuda-cccl==13.0.85
   nvidia-curand==10.4.0.35 nvidia-cuda-nvrtc==13.0.88
+  nvidia-cuda-nvdisasm==13.2.51 # for scripts/check-kernels.py; there is no 13.0
 )
 stamp="${packages[*]} stubs-1"
 
