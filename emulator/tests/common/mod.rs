@@ -9,6 +9,19 @@ use crate::dims::Dims;
 use crate::plan::{self, Blocks, DTypeCode, Direction, Plan, Problem};
 use values::Value;
 
+/// How blocks share a tile, how many do, and their threads.
+pub const KINDS: [(Blocks, usize, usize); 9] = [
+    (Blocks::TwoPasses, 1, 256),
+    (Blocks::TwoPasses, 3, 512),
+    (Blocks::TwoPasses, 7, 256),
+    (Blocks::Group, 1, 256),
+    (Blocks::Group, 2, 512),
+    (Blocks::Group, 5, 256),
+    (Blocks::Cluster, 2, 512),
+    (Blocks::Cluster, 4, 256),
+    (Blocks::Cluster, 8, 256),
+];
+
 /// One batch norm: what its tensors look like and which of them there are.
 #[derive(Debug, Clone, Copy)]
 pub struct Case {
