@@ -56,6 +56,8 @@ fn main() {
         .flag("-fno-strict-aliasing")
         .flag("-Wno-unknown-pragmas")
         .flag("-Wno-sign-compare")
+        // Values of half precision are copied as bits.
+        .flag("-Wno-class-memaccess")
         .files(sources("../kernels", "cu"))
         .files(sources("tests/kernels", "cu"))
         // Or the linker would drop the objects, to which nothing refers by name.
