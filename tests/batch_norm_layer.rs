@@ -550,7 +550,7 @@ fn channels_in_the_wrong_place_are_pointed_out() -> Result<()> {
     let x = Tensor::zeros((2, 5, 4, 3), DType::F32, &Device::Cpu)?;
     assert_error(
         bn.forward_t(&x, true),
-        &["3 channels", "[2, 5, 4, 3]", "permute"],
+        &["3 channels", "[2, 5, 4, 3]", "axis to -1"],
     );
     assert_eq!(
         bn.forward_t(&x.permute((0, 3, 1, 2))?, true)?.dims(),

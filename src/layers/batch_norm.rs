@@ -3,6 +3,7 @@
 use candle_core::{bail, DType, ModuleT, Result, Tensor, Var};
 use candle_nn::{Init, VarBuilder};
 
+use super::axis::ChannelsSecond;
 use super::{BatchNormConfig, Freeze};
 use crate::ops::{batch_norm_inference, batch_norm_train, BatchNormArgs, BatchStats};
 
@@ -93,8 +94,8 @@ pub fn batch_norm<C: Into<BatchNormConfig>>(
         let count =
             || vb.get_with_hints_dtype((), "num_batches_tracked", Init::Const(0.0), DType::I64);
         Some(Running {
-            mean: Var::from_tensor(&get("running_mean", 0.0)?)?,
-            var: Var::from_tensor(&get("running_var", 1.0)?)?,
+            mean: Var::from_tensor(&get("running_mean", config.init.running_mean)?)?,
+            var: Var::from_tensor(&get("running_var", config.init.running_var)?)?,
             num_batches_tracked: match counts {
                 true => Some(Var::from_tensor(&count()?)?),
                 false => None,
@@ -112,8 +113,8 @@ pub fn batch_norm<C: Into<BatchNormConfig>>(
     Ok(BatchNorm {
         num_features,
         running,
-        weight: parameter(config.weight, "weight", 1.0)?,
-        bias: parameter(config.bias, "bias", 0.0)?,
+        weight: parameter(config.weight, "weight", config.init.weight)?,
+        bias: parameter(config.bias, "bias", config.init.bias)?,
         config,
     })
 }
@@ -227,7 +228,7 @@ impl BatchNorm {
         &self.expect_running().mean
     }
 
-    /// The running variance, the unbiased estimate, `[c]`.
+    /// The running variance `[c]`: the unbiased estimate, unless the configuration says otherwise.
     ///
     /// # Panics
     /// If the layer was built without `track_running_stats`, which candle-nn does not have.
@@ -318,13 +319,28 @@ impl BatchNorm {
     }
 
     fn forward_with(&self, x: &Tensor, residual: Option<&Tensor>, train: bool) -> Result<Tensor> {
+        let axis = ChannelsSecond::new(x, self.config.axis)?;
+        if let Some(residual) = residual.filter(|residual| residual.dims() != x.dims()) {
+            bail!(
+                "batch norm expects a residual of the input's shape {:?}, got {:?}",
+                x.dims(),
+                residual.dims()
+            )
+        }
+        let given = x;
+        let x = &axis.there(x)?;
+        let residual = residual.map(|residual| axis.there(residual)).transpose()?;
         if x.rank() >= 2 && x.dims()[1] != self.num_features {
             bail!(
-                "batch norm expects {} channels in dimension 1, got an input of shape {:?}{}",
+                "batch norm expects {} channels in dimension {}, got an input of shape {:?}{}",
                 self.num_features,
-                x.dims(),
-                match x.rank() > 2 && x.dims().last() == Some(&self.num_features) {
-                    true => "; if its channels are last, permute it first: no copy is needed",
+                self.config.axis,
+                given.dims(),
+                match self.config.axis == 1
+                    && x.rank() > 2
+                    && x.dims().last() == Some(&self.num_features)
+                {
+                    true => "; if its channels are last, set axis to -1",
                     false => "",
                 }
             )
@@ -338,22 +354,23 @@ impl BatchNorm {
         let args = BatchNormArgs {
             weight: weight.as_ref(),
             bias: bias.as_ref(),
-            residual,
+            residual: residual.as_ref(),
             activation: self.config.activation,
             max_pool: self.config.max_pool,
             eps: self.config.eps,
             remove_mean: self.config.remove_mean,
         };
         let train = train && self.config.freeze == Freeze::Nothing;
-        match &self.running {
-            Some(running) if !train => batch_norm_inference(x, &running.mean, &running.var, &args),
-            None => Ok(batch_norm_train(x, &args)?.0),
+        let y = match &self.running {
+            Some(running) if !train => batch_norm_inference(x, &running.mean, &running.var, &args)?,
+            None => batch_norm_train(x, &args)?.0,
             Some(running) => {
                 let (y, stats) = batch_norm_train(x, &args)?;
                 running.update(&stats, &self.config)?;
-                Ok(y)
+                y
             }
-        }
+        };
+        axis.back(y)
     }
 }
 
@@ -375,7 +392,10 @@ impl Running {
             (None, None) => bail!("batch norm without a momentum expects num_batches_tracked"),
         };
         let mean = config.remove_mean.then_some(self.mean.as_tensor());
-        stats.update_running(mean, &self.var, momentum)?;
+        match config.unbiased_running_var {
+            true => stats.update_running(mean, &self.var, momentum)?,
+            false => stats.update_running_biased(mean, &self.var, momentum)?,
+        }
         if let Some(count) = &self.num_batches_tracked {
             count.set(&(count.as_tensor() + 1.0)?)?;
         }

@@ -17,6 +17,32 @@ pub enum Freeze {
     StatisticsAndParameters,
 }
 
+/// What the variables of a new layer begin as; what a `VarMap` or a checkpoint holds is left alone.
+/// Keras: `gamma_initializer`, `beta_initializer`, `moving_mean_initializer` and
+/// `moving_variance_initializer`, as far as they are constants.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct InitialValues {
+    /// 1 by default. With 0 in the last norm of each residual branch, a network begins as its shortcuts.
+    pub weight: f64,
+    /// 0 by default.
+    pub bias: f64,
+    /// 0 by default.
+    pub running_mean: f64,
+    /// 1 by default.
+    pub running_var: f64,
+}
+
+impl Default for InitialValues {
+    fn default() -> Self {
+        Self {
+            weight: 1.0,
+            bias: 0.0,
+            running_mean: 0.0,
+            running_var: 1.0,
+        }
+    }
+}
+
 /// The options of [`batch_norm`](crate::batch_norm); the defaults are PyTorch's and candle-nn's.
 ///
 /// A bare `f64` converts into a configuration with that `eps`, and so does
@@ -57,6 +83,14 @@ pub struct BatchNormConfig {
     pub max_pool: Option<usize>,
     /// What stays as it is in training.
     pub freeze: Freeze,
+    /// The dimension of the input that holds the channels; −1 is the last, −2 the one before. Any but
+    /// 1 is taken by its strides, so that an input with the channels last is not copied. Keras: `axis`.
+    pub axis: isize,
+    /// Whether `running_var` moves towards the unbiased variance of a batch, as in PyTorch, or towards
+    /// the biased one, as in Keras and Flax. The output of training is the same.
+    pub unbiased_running_var: bool,
+    /// What new variables begin as.
+    pub init: InitialValues,
 }
 
 impl Default for BatchNormConfig {
@@ -72,6 +106,9 @@ impl Default for BatchNormConfig {
             activation: Activation::Identity,
             max_pool: None,
             freeze: Freeze::Nothing,
+            axis: 1,
+            unbiased_running_var: true,
+            init: InitialValues::default(),
         }
     }
 }
@@ -98,6 +135,33 @@ impl From<candle_nn::BatchNormConfig> for BatchNormConfig {
 }
 
 impl BatchNormConfig {
+    /// The defaults of Keras' `BatchNormalization`: `eps` of 1e-3, Keras' momentum of 0.99 (here
+    /// 0.01), the channels last, and a running variance that keeps the biased estimate.
+    ///
+    /// ```
+    /// use candle_batch_norm::{batch_norm, BatchNormConfig};
+    /// use candle_core::{DType, Device, ModuleT, Tensor};
+    /// use candle_nn::{VarBuilder, VarMap};
+    ///
+    /// # fn main() -> candle_core::Result<()> {
+    /// let vars = VarMap::new();
+    /// let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    /// let bn = batch_norm(3, BatchNormConfig::keras(), vb)?;
+    /// let images = Tensor::randn(0f32, 1.0, (8, 4, 4, 3), &Device::Cpu)?;
+    /// assert_eq!(bn.forward_t(&images, true)?.dims(), &[8, 4, 4, 3]);
+    /// # Ok(())
+    /// # }
+    /// ```
+    pub fn keras() -> Self {
+        Self {
+            eps: 1e-3,
+            momentum: Some(1.0 - 0.99),
+            axis: -1,
+            unbiased_running_var: false,
+            ..Self::default()
+        }
+    }
+
     pub(super) fn with_momentum(eps: f64, momentum: f64) -> Self {
         Self {
             eps,
@@ -114,6 +178,12 @@ impl BatchNormConfig {
             if !(0.0..=1.0).contains(&momentum) {
                 bail!("batch norm expects a momentum from 0 to 1, got {momentum}")
             }
+        }
+        if self.init.running_var.is_nan() || self.init.running_var < 0.0 {
+            bail!(
+                "batch norm expects an initial running_var >= 0, got {}",
+                self.init.running_var
+            )
         }
         if self.max_pool == Some(0) {
             bail!("batch norm expects a max_pool of at least 1, got 0")

@@ -31,7 +31,8 @@ impl TryFrom<&candle_nn::BatchNorm> for BatchNorm {
 ///
 /// # Errors
 /// What candle-nn's layer cannot express: no running statistics, a momentum of `None`, a fused
-/// activation or pooling, an input whose mean is not removed, freezing.
+/// activation or pooling, an input whose mean is not removed, freezing, channels in another
+/// dimension than 1, a running variance that is biased.
 impl TryFrom<&BatchNorm> for candle_nn::BatchNorm {
     type Error = candle_core::Error;
 
@@ -47,13 +48,18 @@ impl TryFrom<&BatchNorm> for candle_nn::BatchNorm {
             || config.max_pool.is_some()
             || !config.remove_mean
             || config.freeze != Freeze::Nothing
+            || config.axis != 1
+            || !config.unbiased_running_var
         {
             bail!(
-                "candle_nn::BatchNorm cannot carry {:?}, max_pool {:?}, remove_mean = {}, freeze {:?}",
+                "candle_nn::BatchNorm cannot carry {:?}, max_pool {:?}, remove_mean = {}, freeze {:?}, \
+                 axis {}, unbiased_running_var = {}",
                 config.activation,
                 config.max_pool,
                 config.remove_mean,
-                config.freeze
+                config.freeze,
+                config.axis,
+                config.unbiased_running_var
             )
         }
         let (mean, var) = (

@@ -1,5 +1,6 @@
 //! Layers in candle-nn's look, over the fused [`ops`](crate::ops).
 
+mod axis;
 mod batch_norm;
 mod config;
 mod conv2d;
@@ -7,6 +8,6 @@ mod convert;
 mod linear;
 
 pub use batch_norm::{batch_norm, BatchNorm};
-pub use config::{BatchNormConfig, Freeze};
+pub use config::{BatchNormConfig, Freeze, InitialValues};
 pub use conv2d::{conv2d, conv2d_no_bias, Conv2d};
 pub use linear::{linear, linear_no_bias, Linear};

@@ -107,6 +107,7 @@ impl<'a> Builder<'a> {
                     )
                 }
                 let mut config = *config;
+                config.axis = 1; // where the model has its channels
                 if before {
                     config.activation = Activation::Relu;
                 }

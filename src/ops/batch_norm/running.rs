@@ -59,6 +59,32 @@ impl BatchStats {
         running_var: &Tensor,
         momentum: f64,
     ) -> Result<()> {
+        let m = self.count as f64;
+        self.move_running(running_mean, running_var, momentum, m / (m - 1.0))
+    }
+
+    /// [`update_running`](Self::update_running) with the biased variance, `var` as it is. Keras and
+    /// Flax keep that.
+    ///
+    /// # Errors
+    /// The same.
+    pub fn update_running_biased(
+        &self,
+        running_mean: Option<&Tensor>,
+        running_var: &Tensor,
+        momentum: f64,
+    ) -> Result<()> {
+        self.move_running(running_mean, running_var, momentum, 1.0)
+    }
+
+    /// With the variance times `correction`.
+    fn move_running(
+        &self,
+        running_mean: Option<&Tensor>,
+        running_var: &Tensor,
+        momentum: f64,
+        correction: f64,
+    ) -> Result<()> {
         if !(0.0..=1.0).contains(&momentum) {
             bail!("batch norm expects a momentum from 0 to 1, got {momentum}")
         }
@@ -72,8 +98,7 @@ impl BatchStats {
             let update = MoveTowards::new(momentum, 1.0);
             running_mean.inplace_op2(&self.stats.get(0)?, &update)?;
         }
-        let m = self.count as f64;
-        let update = MoveTowards::new(momentum, m / (m - 1.0));
+        let update = MoveTowards::new(momentum, correction);
         running_var.inplace_op2(&self.stats.get(1)?, &update)
     }
 
