@@ -3,7 +3,7 @@
 
 mod common;
 
-use candle_batch_norm::layers::InitialValues;
+use candle_batch_norm::layers::{Constraint, InitialValues, Penalty};
 use candle_batch_norm::{batch_norm, Activation, BatchNorm, BatchNormConfig};
 use candle_core::{DType, Device, ModuleT, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
@@ -220,5 +220,103 @@ fn new_variables_begin_as_configured_and_old_ones_stay() -> Result<()> {
         .unwrap()
         .keys()
         .any(|name| name.starts_with("bad")));
+    Ok(())
+}
+
+/// The value, and a gradient of `l1·sign(w) + 2·l2·w`: none at 0.
+#[test]
+fn penalties() -> Result<()> {
+    for device in devices() {
+        for dtype in [DType::F32, DType::F64] {
+            let w = var(&[0.5, -2.0, 0.0], &[3], dtype, &device)?;
+            let penalty = Penalty { l1: 0.25, l2: 0.5 };
+            let term = penalty.of(&w)?;
+            assert!(term.dims().is_empty() && term.dtype() == dtype);
+            assert_close("penalty", &values(&term)?, &[0.625 + 2.125], 1e-6, 0.0);
+            let grads = term.backward()?;
+            let grad = values(grads.get(&w).expect("a gradient"))?;
+            assert_close("gradient", &grad, &[0.75, -2.25, 0.0], 1e-6, 0.0);
+        }
+        let init = InitialValues {
+            weight: -3.0,
+            bias: 2.0,
+            ..Default::default()
+        };
+        let one = |weight, bias| {
+            let config = BatchNormConfig {
+                init,
+                weight,
+                bias,
+                ..Default::default()
+            };
+            layer(2, config, &device)
+        };
+        let (l1, l2) = (Penalty { l1: 1.0, l2: 0.0 }, Penalty { l1: 0.0, l2: 1.0 });
+        for (weight, bias, expected) in [(true, true, 14.0), (true, false, 6.0), (false, true, 8.0)]
+        {
+            let penalty = one(weight, bias)?.penalty(l1, l2)?.expect("a parameter");
+            assert_eq!(values(&penalty)?, [expected]);
+        }
+        assert!(one(false, false)?.penalty(l1, l2)?.is_none());
+        let bad = Penalty { l1: 0.0, l2: -1.0 };
+        assert_error(one(true, true)?.penalty(l1, bad), &["l2 >= 0", "-1"]);
+    }
+    Ok(())
+}
+
+#[test]
+fn constraints() -> Result<()> {
+    for device in devices() {
+        for (constraint, expected) in [
+            (Constraint::NonNegative, [3.0, 0.0, 0.0]),
+            (Constraint::UnitNorm, [0.6, -0.8, 0.0]),
+            (Constraint::MaxNorm(1.0), [0.6, -0.8, 0.0]),
+            (Constraint::MaxNorm(0.0), [0.0, 0.0, 0.0]),
+            (Constraint::MaxNorm(6.0), [3.0, -4.0, 0.0]),
+        ] {
+            for (dtype, tolerance) in [(DType::F32, 1e-7), (DType::F64, 1e-15), (DType::BF16, 4e-3)]
+            {
+                let w = var(&[3.0, -4.0, 0.0], &[3], dtype, &device)?;
+                constraint.apply(&w)?;
+                assert_close(
+                    &format!("{constraint:?}"),
+                    &values(&w)?,
+                    &expected,
+                    tolerance,
+                    0.0,
+                );
+                assert_eq!(w.dtype(), dtype);
+            }
+        }
+        let zeros = var(&[0.0; 2], &[2], DType::F32, &device)?;
+        Constraint::UnitNorm.apply(&zeros)?;
+        assert_eq!(values(&zeros)?, [0.0; 2]);
+        let w = var(&[3.0], &[1], DType::F32, &device)?;
+        for radius in [-1.0, f64::NAN] {
+            let error = Constraint::MaxNorm(radius).apply(&w);
+            assert_error(error, &["radius >= 0", &radius.to_string()]);
+        }
+        assert_error(
+            Constraint::UnitNorm.apply(&w.detach()),
+            &["a variable", "[1]"],
+        );
+        assert_eq!(values(&w)?, [3.0]);
+        // Through the layer, whose next pass uses it.
+        let init = InitialValues {
+            weight: -1.0,
+            ..Default::default()
+        };
+        let bn = layer(
+            2,
+            BatchNormConfig {
+                init,
+                ..Default::default()
+            },
+            &device,
+        )?;
+        Constraint::NonNegative.apply(bn.weight().expect("a weight"))?;
+        let x = tensor(&[1.0, 2.0, 3.0, 4.0], &[2, 2], DType::F64, &device)?;
+        assert_eq!(values(&bn.forward_t(&x, true)?)?, [0.0; 4]);
+    }
     Ok(())
 }
