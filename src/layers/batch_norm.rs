@@ -5,7 +5,9 @@ use candle_nn::{Init, VarBuilder};
 
 use super::axis::ChannelsSecond;
 use super::{BatchNormConfig, Freeze};
-use crate::ops::{batch_norm_inference, batch_norm_train, BatchNormArgs, BatchStats};
+use crate::ops::{
+    batch_norm_inference, batch_norm_train, batch_renorm_train, BatchNormArgs, BatchStats,
+};
 
 /// Batch normalisation of `[n, c, …]` over everything but the channels, with running statistics.
 ///
@@ -37,7 +39,7 @@ pub(super) struct Running {
 /// Builds a layer for `num_features` channels, with its variables from `vb`.
 ///
 /// The names are PyTorch's and candle-nn's: `running_mean`, `running_var`, `weight`, `bias`, each
-/// `[num_features]`, and `num_batches_tracked` if the momentum is `None` or `vb` has it. Weight and
+/// `[num_features]`, and `num_batches_tracked` if the momentum is `None`, for `renorm` or if `vb` has it. Weight and
 /// bias have the dtype of `vb`; the running statistics are F32, or F64 if that is the dtype.
 ///
 /// # Errors
@@ -90,7 +92,9 @@ pub fn batch_norm<C: Into<BatchNormConfig>>(
                 held => bail!("batch norm expects a {name} of dtype F32 or F64, got {held:?}"),
             }
         };
-        let counts = config.momentum.is_none() || vb.contains_tensor("num_batches_tracked");
+        let counts = config.momentum.is_none()
+            || config.renorm.is_some()
+            || vb.contains_tensor("num_batches_tracked");
         let count =
             || vb.get_with_hints_dtype((), "num_batches_tracked", Init::Const(0.0), DType::I64);
         Some(Running {
@@ -365,7 +369,13 @@ impl BatchNorm {
             Some(running) if !train => batch_norm_inference(x, &running.mean, &running.var, &args)?,
             None => batch_norm_train(x, &args)?.0,
             Some(running) => {
-                let (y, stats) = batch_norm_train(x, &args)?;
+                let (y, stats) = match &self.config.renorm {
+                    None => batch_norm_train(x, &args)?,
+                    Some(schedule) => {
+                        let limits = schedule.limits_at(running.batches()?);
+                        batch_renorm_train(x, &running.mean, &running.var, limits, &args)?
+                    }
+                };
                 running.update(&stats, &self.config)?;
                 y
             }
@@ -381,15 +391,22 @@ impl ModuleT for BatchNorm {
 }
 
 impl Running {
+    /// Batches of training so far.
+    fn batches(&self) -> Result<u64> {
+        match &self.num_batches_tracked {
+            Some(count) => Ok(count.to_scalar::<i64>()?.max(0) as u64),
+            None => bail!("batch norm without a momentum, and renorm, expect num_batches_tracked"),
+        }
+    }
+
     /// Moves the running statistics, after the batch has been normalised without an error.
     fn update(&self, stats: &BatchStats, config: &BatchNormConfig) -> Result<()> {
         if stats.count() == 0 {
             return Ok(());
         }
-        let momentum = match (config.momentum, &self.num_batches_tracked) {
-            (Some(momentum), _) => momentum,
-            (None, Some(count)) => 1.0 / (count.to_scalar::<i64>()? + 1) as f64,
-            (None, None) => bail!("batch norm without a momentum expects num_batches_tracked"),
+        let momentum = match config.momentum {
+            Some(momentum) => momentum,
+            None => 1.0 / (self.batches()? + 1) as f64,
         };
         let mean = config.remove_mean.then_some(self.mean.as_tensor());
         match config.unbiased_running_var {

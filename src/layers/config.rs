@@ -2,7 +2,7 @@
 
 use candle_core::{bail, Result};
 
-use crate::ops::Activation;
+use crate::ops::{Activation, RenormLimits};
 
 /// What a layer keeps as it is during training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -39,6 +39,67 @@ impl Default for InitialValues {
             bias: 0.0,
             running_mean: 0.0,
             running_var: 1.0,
+        }
+    }
+}
+
+/// When batch renormalisation comes in: from batch norm to wide [limits](RenormLimits), in steps of
+/// training.
+///
+/// ```text
+/// r_max(step) = 1 up to `begin`, then linearly to `limits.r_max` at `r_end`
+/// d_max(step) = 0 up to `begin`, then linearly to `limits.d_max` at `d_end`
+/// ```
+///
+/// The defaults are those of the paper's experiments (Ioffe 2017, section 4): 3 and 5, from step 5000 to
+/// 40,000 and 25,000.
+#[derive(Debug, Clone, Copy, PartialEq)]
+pub struct RenormSchedule {
+    /// In the end.
+    pub limits: RenormLimits,
+    /// Batches that are trained as with batch norm.
+    pub begin: u64,
+    /// From this batch on `r_max` is as in `limits`.
+    pub r_end: u64,
+    /// From this batch on `d_max` is as in `limits`.
+    pub d_end: u64,
+}
+
+impl Default for RenormSchedule {
+    fn default() -> Self {
+        Self {
+            limits: RenormLimits {
+                r_max: 3.0,
+                d_max: 5.0,
+            },
+            begin: 5_000,
+            r_end: 40_000,
+            d_end: 25_000,
+        }
+    }
+}
+
+impl RenormSchedule {
+    /// The same limits from the first batch on.
+    pub fn constant(limits: RenormLimits) -> Self {
+        Self {
+            limits,
+            begin: 0,
+            r_end: 0,
+            d_end: 0,
+        }
+    }
+
+    /// The limits for a batch, after so many others.
+    pub fn limits_at(&self, step: u64) -> RenormLimits {
+        let way = |end: u64| match step {
+            step if step >= end => 1.0,
+            step => step.saturating_sub(self.begin) as f64 / (end - self.begin.min(step)) as f64,
+        };
+        let RenormLimits { r_max, d_max } = self.limits;
+        RenormLimits {
+            r_max: 1.0 + (r_max - 1.0) * way(self.r_end),
+            d_max: d_max * way(self.d_end),
         }
     }
 }
@@ -91,6 +152,10 @@ pub struct BatchNormConfig {
     pub unbiased_running_var: bool,
     /// What new variables begin as.
     pub init: InitialValues,
+    /// Batch renormalisation in training, for small batches and such as are not drawn at random:
+    /// [`batch_renorm_train`](crate::ops::batch_renorm_train). Batches are counted in
+    /// `num_batches_tracked`. Evaluation is that of batch norm.
+    pub renorm: Option<RenormSchedule>,
 }
 
 impl Default for BatchNormConfig {
@@ -109,6 +174,7 @@ impl Default for BatchNormConfig {
             axis: 1,
             unbiased_running_var: true,
             init: InitialValues::default(),
+            renorm: None,
         }
     }
 }
@@ -177,6 +243,15 @@ impl BatchNormConfig {
         if let Some(momentum) = self.momentum {
             if !(0.0..=1.0).contains(&momentum) {
                 bail!("batch norm expects a momentum from 0 to 1, got {momentum}")
+            }
+        }
+        if let Some(schedule) = &self.renorm {
+            schedule.limits.check()?;
+            if schedule.begin > schedule.r_end.min(schedule.d_end) {
+                bail!("batch renorm expects a schedule that ends after it begins, got {schedule:?}")
+            }
+            if !self.track_running_stats || !self.remove_mean {
+                bail!("batch renorm expects track_running_stats and remove_mean")
             }
         }
         if self.init.running_var.is_nan() || self.init.running_var < 0.0 {

@@ -32,7 +32,7 @@ impl TryFrom<&candle_nn::BatchNorm> for BatchNorm {
 /// # Errors
 /// What candle-nn's layer cannot express: no running statistics, a momentum of `None`, a fused
 /// activation or pooling, an input whose mean is not removed, freezing, channels in another
-/// dimension than 1, a running variance that is biased.
+/// dimension than 1, a running variance that is biased, renormalisation.
 impl TryFrom<&BatchNorm> for candle_nn::BatchNorm {
     type Error = candle_core::Error;
 
@@ -50,16 +50,18 @@ impl TryFrom<&BatchNorm> for candle_nn::BatchNorm {
             || config.freeze != Freeze::Nothing
             || config.axis != 1
             || !config.unbiased_running_var
+            || config.renorm.is_some()
         {
             bail!(
                 "candle_nn::BatchNorm cannot carry {:?}, max_pool {:?}, remove_mean = {}, freeze {:?}, \
-                 axis {}, unbiased_running_var = {}",
+                 axis {}, unbiased_running_var = {}, renorm {:?}",
                 config.activation,
                 config.max_pool,
                 config.remove_mean,
                 config.freeze,
                 config.axis,
-                config.unbiased_running_var
+                config.unbiased_running_var,
+                config.renorm
             )
         }
         let (mean, var) = (

@@ -9,7 +9,7 @@ mod linear;
 mod regularise;
 
 pub use batch_norm::{batch_norm, BatchNorm};
-pub use config::{BatchNormConfig, Freeze, InitialValues};
+pub use config::{BatchNormConfig, Freeze, InitialValues, RenormSchedule};
 pub use conv2d::{conv2d, conv2d_no_bias, Conv2d};
 pub use linear::{linear, linear_no_bias, Linear};
 pub use regularise::{Constraint, Penalty};

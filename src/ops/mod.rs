@@ -15,8 +15,8 @@ mod weighted;
 
 pub use backward::backward;
 pub use batch_norm::{
-    batch_norm_inference, batch_norm_train, batch_norm_vjp, Activation, BatchNormArgs,
-    BatchNormGrads, BatchNormPullback, BatchStats,
+    batch_norm_inference, batch_norm_train, batch_norm_vjp, batch_renorm_train, batch_stats,
+    Activation, BatchNormArgs, BatchNormGrads, BatchNormPullback, BatchStats, RenormLimits,
 };
 // For benches and tests of the kernels; no part of the API.
 #[doc(hidden)]

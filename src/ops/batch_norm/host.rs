@@ -49,6 +49,18 @@ fn forward_as<T: HostElement>(
     Ok((T::to_cpu_storage_owned(y), stats))
 }
 
+/// The mean and the variance of a contiguous `x`: F64 `[2, c]`.
+pub(super) fn statistics(spec: &Spec, x: &Tensor) -> Result<Tensor> {
+    dispatch!(NAME, x.dtype(), statistics_as(spec, x))
+}
+
+fn statistics_as<T: HostElement>(spec: &Spec, x: &Tensor) -> Result<Tensor> {
+    slices::with_values(NAME, x, |x: &[T]| {
+        let stats = cpu::statistics(spec, x);
+        Tensor::from_vec(stats, (2, spec.dims.c), &Device::Cpu)
+    })
+}
+
 pub(super) fn backward(
     op: &BatchNormOp,
     tensors: &BackwardTensors,

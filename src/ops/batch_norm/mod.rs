@@ -7,6 +7,7 @@ mod cuda;
 mod host;
 mod op;
 pub mod plan;
+mod renorm;
 mod running;
 mod vjp;
 
@@ -20,6 +21,7 @@ use crate::shape::{check_one_dtype, check_per_channel, Dims, Order};
 use args::{check, check_training, Pooling};
 pub use args::{Activation, BatchNormArgs};
 use op::{BatchNormOp, Slots};
+pub use renorm::{batch_renorm_train, RenormLimits};
 pub use running::BatchStats;
 pub use vjp::{batch_norm_vjp, BatchNormGrads, BatchNormPullback};
 
@@ -116,8 +118,50 @@ pub fn batch_norm_train(x: &Tensor, args: &BatchNormArgs) -> Result<(Tensor, Bat
     if dims.numel() == 0 {
         return Ok((of_nothing(x, pooling)?, BatchStats::of_nothing(x)?));
     }
-    let (y, stats) = apply(x, args, dims, pooling, None)?;
+    let (y, stats) = apply(x, args, dims, pooling, Normalise::Batch)?;
     Ok((y, BatchStats::new(stats, dims.m())))
+}
+
+/// The statistics of a batch, as [`batch_norm_train`] finds them.
+///
+/// ```text
+/// mean = Σx / m        var = Σ(x - mean)² / m
+/// ```
+///
+/// `x` is as there, and empty it has statistics over no values; so many as one value per channel are
+/// fine. They are constants to autograd. On the CPU this reads `x` once; on CUDA it is a whole forward
+/// pass.
+///
+/// PyTorch: `torch.var_mean(x, dims, correction=0)`.
+///
+/// # Errors
+/// `x` of another rank or dtype, or on a device without an implementation.
+///
+/// ```
+/// use candle_batch_norm::ops::batch_stats;
+/// use candle_core::{Device, Tensor};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let x = Tensor::new(&[[1f32, 10.0], [3.0, 30.0]], &Device::Cpu)?;
+/// assert_eq!(batch_stats(&x)?.var()?.to_vec1::<f64>()?, [1.0, 100.0]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn batch_stats(x: &Tensor) -> Result<BatchStats> {
+    let (x, args) = (x.detach(), BatchNormArgs::new());
+    let dims = check(&x, &args)?;
+    if dims.numel() == 0 {
+        return BatchStats::of_nothing(&x);
+    }
+    let stats = match x.device().is_cpu() {
+        true => {
+            let Prepared { op, tensors, .. } =
+                prepare(&x, &args, dims, Pooling::None, Normalise::Batch)?;
+            host::statistics(&op.spec, &tensors[0])?
+        }
+        false => apply(&x, &args, dims, Pooling::None, Normalise::Batch)?.1,
+    };
+    Ok(BatchStats::new(stats, dims.m()))
 }
 
 /// Batch norm with given statistics: what a layer does in evaluation, or while it is frozen.
@@ -172,7 +216,7 @@ pub fn batch_norm_inference(
         return of_nothing(x, pooling);
     }
     let given = (mean.detach().contiguous()?, var.detach().contiguous()?);
-    Ok(apply(x, args, dims, pooling, Some(given))?.0)
+    Ok(apply(x, args, dims, pooling, Normalise::Given(given))?.0)
 }
 
 /// The output for an empty input.
@@ -186,15 +230,25 @@ fn of_nothing(x: &Tensor, pooling: Pooling) -> Result<Tensor> {
     }
 }
 
+/// Where mean and variance come from.
+enum Normalise {
+    /// From the input.
+    Batch,
+    /// From the input, where somebody found them before.
+    Known((Tensor, Tensor)),
+    /// From elsewhere: they do not depend on the input.
+    Given((Tensor, Tensor)),
+}
+
 /// Runs the op on arguments that have been checked; gives `y` and the statistics, F64 `[2, c]`.
 fn apply(
     x: &Tensor,
     args: &BatchNormArgs,
     dims: Dims,
     pooling: Pooling,
-    given: Option<(Tensor, Tensor)>,
+    normalise: Normalise,
 ) -> Result<(Tensor, Tensor)> {
-    let Prepared { op, order, tensors } = prepare(x, args, dims, pooling, given)?;
+    let Prepared { op, order, tensors } = prepare(x, args, dims, pooling, normalise)?;
     let saved = op.saved.clone();
     let [x_kernel, second, third] = &tensors;
     let y = x_kernel.apply_op3(second, third, op)?;
@@ -217,8 +271,13 @@ fn prepare(
     args: &BatchNormArgs,
     dims: Dims,
     pooling: Pooling,
-    given: Option<(Tensor, Tensor)>,
+    normalise: Normalise,
 ) -> Result<Prepared> {
+    let (training, given) = match normalise {
+        Normalise::Batch => (true, None),
+        Normalise::Known(stats) => (true, Some(stats)),
+        Normalise::Given(stats) => (false, Some(stats)),
+    };
     let (order, windows) = match pooling {
         // Windows are looked for on planes.
         Pooling::Fused(windows) => (Order::ChannelsFirst, Some(windows)),
@@ -256,7 +315,7 @@ fn prepare(
             eps: args.eps,
             activation: args.activation,
             windows,
-            training: given.is_none(),
+            training,
             remove_mean: args.remove_mean,
         },
         params,

@@ -3,7 +3,7 @@
 use candle_core::{bail, Result, Tensor};
 
 use super::op::{BatchNormOp, Slots, TensorGrads};
-use super::{check_training, prepare, statistics, Prepared};
+use super::{check_training, prepare, statistics, Normalise, Prepared};
 use super::{BatchNormArgs, BatchStats, Pooling, Wants};
 use crate::ops::max_pool2d::windows::Windows;
 use crate::ops::max_pool2d::{max_pool2d, max_pool2d_gradient};
@@ -63,7 +63,7 @@ pub fn batch_norm_vjp(
     };
     let x = x.detach();
     let pooling = args.pooling(&x)?;
-    let Prepared { op, order, tensors } = prepare(&x, &args, dims, pooling, None)?;
+    let Prepared { op, order, tensors } = prepare(&x, &args, dims, pooling, Normalise::Batch)?;
     let y_kernel = tensors[0].apply_op3_no_bwd(&tensors[1], &tensors[2], &op)?;
     let stats = BatchStats::new(statistics(&op.saved)?, dims.m());
     let normalised = order.out_of_kernel(&y_kernel, &x)?;

@@ -77,6 +77,14 @@ pub(crate) fn forward<T: Element>(job: &Forward<T>) -> (Vec<T>, Vec<f64>) {
     }
 }
 
+/// The mean and the (biased) variance of `x: [n, c, s]`, `[2, c]`.
+pub(crate) fn statistics<T: Element>(spec: &Spec, x: &[T]) -> Vec<f64> {
+    match as_columns(spec) {
+        true => passes::statistics(&Columns::new(spec.dims), spec, x),
+        false => passes::statistics(&Planes::new(spec), spec, x),
+    }
+}
+
 /// Smaller planes are gone through as columns: loops over so few values have no time to get fast.
 pub(super) const PLANE: usize = 64;
 

@@ -88,6 +88,23 @@ pub(super) fn forward_training<L: Summing, T: Element>(
     (unsafe { y.finish() }, saved)
 }
 
+/// The statistics of the batch alone, `[2, c]`.
+pub(super) fn statistics<L: Summing, T: Element>(tiling: &L, spec: &Spec, x: &[T]) -> Vec<f64> {
+    let groups = tiling.division().sweep(
+        |tile| {
+            vectorised(
+                #[inline(always)]
+                || tiling.moments(x, tile, spec.remove_mean),
+            )
+        },
+        |group, moments| merge_moments(tiling, tiling.channels(group), moments),
+        |_, _| {},
+    );
+    by_channel(tiling, &groups, |Pair(mean, var)| {
+        [mean.as_ref(), var.as_ref()]
+    })
+}
+
 /// The forward pass with given statistics.
 pub(super) fn forward_given<L: Tiling, T: Element>(
     tiling: &L,
