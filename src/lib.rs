@@ -25,9 +25,9 @@
 //!
 //! | module | what |
 //! |---|---|
-//! | [`layers`] | [`BatchNorm`], built by [`batch_norm`], with running statistics, freezing and conversions; [`layers::Conv2d`], [`layers::Linear`] |
+//! | [`layers`] | [`BatchNorm`], built by [`batch_norm`], with running statistics, freezing, renormalisation and conversions; [`layers::Penalty`], [`layers::Constraint`]; [`layers::Conv2d`], [`layers::Linear`] |
 //! | [`backward`] | `loss.backward()` in less time |
-//! | [`ops`] | [`ops::batch_norm_train`], [`ops::batch_norm_inference`], [`ops::batch_norm_vjp`], [`ops::conv2d`], [`ops::linear`], [`ops::max_pool2d`], [`ops::relu`] and [`ops::cross_entropy`], the formulas and their gradients |
+//! | [`ops`] | [`ops::batch_norm_train`], [`ops::batch_norm_inference`], [`ops::batch_norm_vjp`], [`ops::batch_renorm_train`], [`ops::batch_stats`], [`ops::conv2d`], [`ops::linear`], [`ops::max_pool2d`], [`ops::relu`] and [`ops::cross_entropy`], the formulas and their gradients |
 //! | [`models`] | the networks of the with/without comparison that the example `mnist_compare` trains |
 //!
 //! # Training and evaluation
@@ -36,7 +36,7 @@
 //!
 //! - training: `y = (x - mean)·rstd·weight + bias` with `mean` and the biased variance `var` of the
 //!   batch, `rstd = 1 / √(var + eps)`; then `running = (1 - momentum)·running + momentum·new`, where
-//!   the new variance is the unbiased `var·m / (m - 1)`;
+//!   the new variance is the unbiased `var·m / (m - 1)` by default;
 //! - evaluation: the same formula with `running_mean` and `running_var`.
 //!
 //! # Features
@@ -51,8 +51,8 @@ pub mod models;
 pub mod ops;
 mod shape;
 
-pub use layers::{batch_norm, BatchNorm, BatchNormConfig, Freeze};
-pub use ops::{backward, Activation};
+pub use layers::{batch_norm, BatchNorm, BatchNormConfig, Freeze, InitialValues, RenormSchedule};
+pub use ops::{backward, Activation, RenormLimits};
 
 /// The README's example runs as a test.
 #[cfg(doctest)]

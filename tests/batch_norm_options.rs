@@ -3,8 +3,12 @@
 
 mod common;
 
-use candle_batch_norm::layers::{Constraint, InitialValues, Penalty};
-use candle_batch_norm::{batch_norm, Activation, BatchNorm, BatchNormConfig};
+use candle_batch_norm::layers::{Constraint, Penalty};
+use candle_batch_norm::models::{Architecture, Model, ModelConfig, Norm};
+use candle_batch_norm::ops::batch_stats;
+use candle_batch_norm::{
+    batch_norm, Activation, BatchNorm, BatchNormConfig, Freeze, InitialValues,
+};
 use candle_core::{DType, Device, ModuleT, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use common::{assert_close, assert_error, devices, random, tensor, values, var};
@@ -211,7 +215,11 @@ fn new_variables_begin_as_configured_and_old_ones_stay() -> Result<()> {
         let bad = BatchNormConfig { init, ..config };
         assert_error(
             batch_norm(2, bad, vb.pp("bad")),
-            &["running_var >= 0", &running_var.to_string()],
+            &[
+                "running_var >= 0",
+                "running_var: ",
+                &running_var.to_string(),
+            ],
         );
     }
     assert!(!vars
@@ -264,6 +272,83 @@ fn penalties() -> Result<()> {
     Ok(())
 }
 
+/// candle's own sums in half precision stop at 256 (BF16) or 2048 (F16), and at what overflows.
+#[test]
+fn penalties_in_half_precision() -> Result<()> {
+    for device in devices() {
+        for dtype in [DType::F16, DType::BF16] {
+            let ones = var(&[1.0; 4000], &[4000], dtype, &device)?;
+            let both = Penalty { l1: 1e-6, l2: 1e-6 };
+            let term = both.of(&ones)?;
+            assert_eq!(term.dtype(), DType::F32);
+            assert_close("many", &values(&term)?, &[0.008], 1e-8, 0.0);
+            let large = var(&[300.0], &[1], dtype, &device)?;
+            for (l1, l2, expected) in [(0.5, 0.0, 150.0), (0.0, 0.5, 45_000.0), (0.0, 0.0, 0.0)] {
+                let term = Penalty { l1, l2 }.of(&large)?;
+                assert_close("large", &values(&term)?, &[expected], 0.0, 4e-3);
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Whose weight and bias are kept gets no gradient from their penalty.
+#[test]
+fn frozen_parameters_are_not_moved_by_penalties() -> Result<()> {
+    let mut bn = layer(2, BatchNormConfig::default(), &Device::Cpu)?;
+    let l2 = Penalty { l1: 0.0, l2: 1.0 };
+    for (freeze, is_trained) in [
+        (Freeze::Statistics, true),
+        (Freeze::StatisticsAndParameters, false),
+    ] {
+        bn.set_freeze(freeze)?;
+        let penalty = bn.penalty(l2, l2)?.expect("parameters");
+        assert_eq!(values(&penalty)?, [2.0]);
+        let grads = penalty.backward()?;
+        let gradient = grads.get(bn.weight().expect("a weight"));
+        let gradient = gradient.map(values).transpose()?;
+        assert_eq!(gradient, is_trained.then(|| vec![2.0; 2]));
+    }
+    Ok(())
+}
+
+/// A variance over one value would be 0/0 as an unbiased estimate.
+#[test]
+fn one_value_moves_biased_statistics_only() -> Result<()> {
+    for device in devices() {
+        let stats = batch_stats(&tensor(&[3.0, 5.0], &[1, 2], DType::F64, &device)?)?;
+        let mean = tensor(&[1.0, 1.0], &[2], DType::F64, &device)?;
+        let variance = tensor(&[1.0, 1.0], &[2], DType::F64, &device)?;
+        let error = stats.update_running(Some(&mean), &variance, 0.5);
+        assert_error(error, &["more than one value"]);
+        assert_eq!(
+            (values(&mean)?, values(&variance)?),
+            (vec![1.0; 2], vec![1.0; 2])
+        );
+        stats.update_running_biased(Some(&mean), &variance, 0.5)?;
+        assert_eq!(
+            (values(&mean)?, values(&variance)?),
+            (vec![2.0, 3.0], vec![0.5; 2])
+        );
+    }
+    Ok(())
+}
+
+/// A model has its channels where it has them.
+#[test]
+fn models_take_keras_conventions() -> Result<()> {
+    let vars = VarMap::new();
+    let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+    let config = ModelConfig {
+        norm: Norm::Batch(BatchNormConfig::keras()),
+        ..Default::default()
+    };
+    let model = Model::new(Architecture::Cnn, &config, vb)?;
+    let x = Tensor::randn(0f32, 1.0, (4, 1, 28, 28), &Device::Cpu)?;
+    assert_eq!(model.forward_t(&x, true)?.dims(), &[4, 10]);
+    Ok(())
+}
+
 #[test]
 fn constraints() -> Result<()> {
     for device in devices() {
@@ -291,6 +376,9 @@ fn constraints() -> Result<()> {
         let zeros = var(&[0.0; 2], &[2], DType::F32, &device)?;
         Constraint::UnitNorm.apply(&zeros)?;
         assert_eq!(values(&zeros)?, [0.0; 2]);
+        let diverged = var(&[f64::NAN, -1.0], &[2], DType::F32, &device)?;
+        Constraint::NonNegative.apply(&diverged)?;
+        assert!(values(&diverged)?[0].is_nan() && values(&diverged)?[1] == 0.0);
         let w = var(&[3.0], &[1], DType::F32, &device)?;
         for radius in [-1.0, f64::NAN] {
             let error = Constraint::MaxNorm(radius).apply(&w);

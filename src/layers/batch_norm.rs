@@ -14,7 +14,8 @@ use crate::ops::{
 /// In training the input is normalised with the mean and the biased variance of the batch, and the
 /// running statistics move towards the batch's mean and unbiased variance; in evaluation it is
 /// normalised with the running statistics. [`batch_norm_train`] and [`batch_norm_inference`] have
-/// the formulas, gradients, dtypes and layouts.
+/// the formulas, gradients, dtypes and layouts. [`BatchNormConfig`] has what may be otherwise: where the
+/// channels are, which variance is kept, renormalisation, and more.
 ///
 /// Built by [`batch_norm`] from a `VarBuilder`, or from tensors by [`BatchNorm::new`] and its
 /// relatives, whose signatures are candle-nn's. PyTorch: `torch.nn.BatchNorm1d`, `2d` and `3d`.
@@ -306,8 +307,9 @@ impl BatchNorm {
     /// Training: normalises with the statistics of the batch and moves the running ones.
     ///
     /// # Errors
-    /// Those of [`batch_norm_train`], and an input with another number of channels. After an error
-    /// the running statistics are as before.
+    /// Those of [`batch_norm_train`] (with the channels in dimension 1 of the shapes that they name), and
+    /// an input with another number of channels or without the dimension `axis`. After an error the
+    /// running statistics are as before.
     pub fn forward_train(&self, x: &Tensor) -> Result<Tensor> {
         self.forward_with(x, None, true)
     }

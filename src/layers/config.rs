@@ -47,8 +47,8 @@ impl Default for InitialValues {
 /// training.
 ///
 /// ```text
-/// r_max(step) = 1 up to `begin`, then linearly to `limits.r_max` at `r_end`
-/// d_max(step) = 0 up to `begin`, then linearly to `limits.d_max` at `d_end`
+/// r_max(step) = 1 before `begin`, then linearly to `limits.r_max` at `r_end`
+/// d_max(step) = 0 before `begin`, then linearly to `limits.d_max` at `d_end`
 /// ```
 ///
 /// The defaults are those of the paper's experiments (Ioffe 2017, section 4): 3 and 5, from step 5000 to
@@ -92,14 +92,18 @@ impl RenormSchedule {
 
     /// The limits for a batch, after so many others.
     pub fn limits_at(&self, step: u64) -> RenormLimits {
-        let way = |end: u64| match step {
-            step if step >= end => 1.0,
-            step => step.saturating_sub(self.begin) as f64 / (end - self.begin.min(step)) as f64,
+        if step < self.begin {
+            return RenormLimits::NONE;
+        }
+        let between = |from: f64, to: f64, end: u64| match step {
+            step if step >= end => to,
+            step if step == self.begin => from, // also where `to` is infinite
+            step => from + (to - from) * (step - self.begin) as f64 / (end - self.begin) as f64,
         };
         let RenormLimits { r_max, d_max } = self.limits;
         RenormLimits {
-            r_max: 1.0 + (r_max - 1.0) * way(self.r_end),
-            d_max: d_max * way(self.d_end),
+            r_max: between(1.0, r_max, self.r_end),
+            d_max: between(0.0, d_max, self.d_end),
         }
     }
 }
@@ -144,17 +148,19 @@ pub struct BatchNormConfig {
     pub max_pool: Option<usize>,
     /// What stays as it is in training.
     pub freeze: Freeze,
-    /// The dimension of the input that holds the channels; −1 is the last, −2 the one before. Any but
-    /// 1 is taken by its strides, so that an input with the channels last is not copied. Keras: `axis`.
+    /// The dimension of the input that holds the channels; −1 is the last, −2 the one before. A
+    /// contiguous input with its channels last is not copied, unless there is a `max_pool`; with channels
+    /// in other dimensions than 1 it is. Keras: `axis`.
     pub axis: isize,
     /// Whether `running_var` moves towards the unbiased variance of a batch, as in PyTorch, or towards
-    /// the biased one, as in Keras and Flax. The output of training is the same.
+    /// the biased one, as in Keras 3 and Flax. The output of training is the same.
     pub unbiased_running_var: bool,
     /// What new variables begin as.
     pub init: InitialValues,
     /// Batch renormalisation in training, for small batches and such as are not drawn at random:
     /// [`batch_renorm_train`](crate::ops::batch_renorm_train). Batches are counted in
-    /// `num_batches_tracked`. Evaluation is that of batch norm.
+    /// `num_batches_tracked`, which a checkpoint then has to have and which is read at every step: on
+    /// CUDA a pause. Evaluation is that of batch norm.
     pub renorm: Option<RenormSchedule>,
 }
 
@@ -201,7 +207,7 @@ impl From<candle_nn::BatchNormConfig> for BatchNormConfig {
 }
 
 impl BatchNormConfig {
-    /// The defaults of Keras' `BatchNormalization`: `eps` of 1e-3, Keras' momentum of 0.99 (here
+    /// The defaults of Keras 3's `BatchNormalization`: `eps` of 1e-3, Keras' momentum of 0.99 (here
     /// 0.01), the channels last, and a running variance that keeps the biased estimate.
     ///
     /// ```
@@ -254,10 +260,16 @@ impl BatchNormConfig {
                 bail!("batch renorm expects track_running_stats and remove_mean")
             }
         }
-        if self.init.running_var.is_nan() || self.init.running_var < 0.0 {
+        let InitialValues {
+            weight,
+            bias,
+            running_mean,
+            running_var,
+        } = self.init;
+        if running_var < 0.0 || !(weight + bias + running_mean + running_var).is_finite() {
             bail!(
-                "batch norm expects an initial running_var >= 0, got {}",
-                self.init.running_var
+                "batch norm expects finite initial values and a running_var >= 0, got {:?}",
+                self.init
             )
         }
         if self.max_pool == Some(0) {

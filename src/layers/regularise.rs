@@ -2,12 +2,13 @@
 
 use candle_core::{bail, DType, Result, Tensor, Var};
 
-use super::BatchNorm;
+use super::{BatchNorm, Freeze};
 use crate::ops::relu;
+use crate::ops::slices::check_float;
 
 /// A term for the loss that grows with the size of a parameter: `l1·Σ|w| + l2·Σw²`.
 ///
-/// Keras: `L1(l1)`, `L2(l2)`, `L1L2(l1, l2)`. A `weight_decay` of PyTorch's SGD is `2·l2`.
+/// Keras: `L1(l1)`, `L2(l2)`, `L1L2(l1, l2)`. PyTorch: a `weight_decay` of SGD is `2·l2`.
 #[derive(Debug, Clone, Copy, PartialEq, Default)]
 pub struct Penalty {
     /// The weight of the absolute values.
@@ -17,8 +18,8 @@ pub struct Penalty {
 }
 
 impl Penalty {
-    /// The penalty of `parameter`, of any shape: a scalar of its dtype, with a gradient
-    /// `l1·sign(w) + 2·l2·w`, which is 0 for a value of 0.
+    /// The penalty of `parameter`, of any shape: a scalar of its dtype, or F32 if that is F16 or BF16,
+    /// with a gradient `l1·sign(w) + 2·l2·w`, which is 0 for a value of 0.
     ///
     /// # Errors
     /// `l1` or `l2` below 0 or NaN, and a tensor that is not F32, F64, F16 or BF16.
@@ -40,16 +41,30 @@ impl Penalty {
                 bail!("a penalty expects {name} >= 0, got {weight}")
             }
         }
-        // Not `abs`, whose gradient is 1 at 0 in candle.
-        let absolute = (relu(parameter)? + relu(&parameter.neg()?)?)?;
-        let l1 = (absolute.sum_all()? * self.l1)?;
-        l1 + (parameter.sqr()?.sum_all()? * self.l2)?
+        check_float("a penalty", parameter)?;
+        // candle sums half precision in itself.
+        let w = match parameter.dtype() {
+            DType::F16 | DType::BF16 => parameter.to_dtype(DType::F32)?,
+            _ => parameter.clone(),
+        };
+        // Nothing that is not asked for, be it infinite.
+        let mut penalty = Tensor::zeros((), w.dtype(), w.device())?;
+        if self.l1 > 0.0 {
+            // Not `abs`, whose gradient is 1 at 0 in candle.
+            let absolute = (relu(&w)? + relu(&w.neg()?)?)?;
+            penalty = (penalty + (absolute.sum_all()? * self.l1)?)?;
+        }
+        if self.l2 > 0.0 {
+            penalty = (penalty + (w.sqr()?.sum_all()? * self.l2)?)?;
+        }
+        Ok(penalty)
     }
 }
 
 impl BatchNorm {
     /// The penalties of weight and bias, to be added to the loss: a scalar, or `None` if the layer has
-    /// neither. Keras: `gamma_regularizer` and `beta_regularizer`.
+    /// neither. Those of a layer that keeps them ([`Freeze::StatisticsAndParameters`]) are constants.
+    /// Keras: `gamma_regularizer` and `beta_regularizer`.
     ///
     /// # Errors
     /// Those of [`Penalty::of`].
@@ -69,7 +84,11 @@ impl BatchNorm {
     /// # }
     /// ```
     pub fn penalty(&self, weight: Penalty, bias: Penalty) -> Result<Option<Tensor>> {
-        let of = |penalty: Penalty, t: Option<&Tensor>| t.map(|t| penalty.of(t)).transpose();
+        let frozen = self.config().freeze == Freeze::StatisticsAndParameters;
+        let of = |penalty: Penalty, t: Option<&Tensor>| match t {
+            Some(t) if frozen => penalty.of(&t.detach()).map(Some),
+            t => t.map(|t| penalty.of(t)).transpose(),
+        };
         Ok(match (of(weight, self.weight())?, of(bias, self.bias())?) {
             (Some(weight), Some(bias)) => Some((weight + bias)?),
             (weight, bias) => weight.or(bias),
@@ -77,12 +96,13 @@ impl BatchNorm {
     }
 }
 
-/// What a parameter has to fulfil after every step of an optimiser, as a vector of all of its values.
+/// What a parameter has to fulfil after every step of an optimiser. A norm is that of all of its values
+/// together, whatever its shape.
 ///
-/// Keras: the constraints of these names; there is no counterpart in PyTorch.
+/// Keras: `NonNeg`, `UnitNorm` and `MaxNorm`, whose norms go along an axis; for `[c]` they are the same.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub enum Constraint {
-    /// `max(w, 0)`.
+    /// `max(w, 0)`; a NaN stays one.
     NonNegative,
     /// `w / |w|`; zeros stay zeros.
     UnitNorm,
@@ -95,7 +115,8 @@ impl Constraint {
     /// built from a `VarMap`. It is computed in F64.
     ///
     /// # Errors
-    /// A tensor that is no variable, and a radius that is not at least 0. Then nothing has changed.
+    /// A tensor that is no variable or no floats, and a radius that is not at least 0. Then nothing has
+    /// changed.
     ///
     /// ```
     /// use candle_batch_norm::{batch_norm, layers::Constraint};
@@ -118,10 +139,11 @@ impl Constraint {
                 parameter.dims()
             )
         }
+        check_float("a constraint", parameter)?;
         let value = parameter.detach().to_dtype(DType::F64)?;
         let norm = || value.sqr()?.sum_all()?.sqrt()?.to_scalar::<f64>();
         let value = match *self {
-            Self::NonNegative => value.relu()?,
+            Self::NonNegative => value.lt(0.0)?.where_cond(&value.zeros_like()?, &value)?,
             Self::UnitNorm => match norm()? {
                 0.0 => value,
                 norm => (value / norm)?,

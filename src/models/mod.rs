@@ -50,7 +50,8 @@ pub enum Norm {
     /// Nothing: the plain network.
     #[default]
     None,
-    /// This crate's [`BatchNorm`](layers::BatchNorm). A ReLU that follows it is fused into it.
+    /// This crate's [`BatchNorm`](layers::BatchNorm). A ReLU that follows it is fused into it. Its `axis`
+    /// is the model's.
     Batch(BatchNormConfig),
     /// candle-nn's own layer, to compare against. It takes `eps`, `affine` and `momentum` from here.
     CandleNn(candle_nn::BatchNormConfig),

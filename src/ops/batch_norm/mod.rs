@@ -128,9 +128,9 @@ pub fn batch_norm_train(x: &Tensor, args: &BatchNormArgs) -> Result<(Tensor, Bat
 /// mean = Σx / m        var = Σ(x - mean)² / m
 /// ```
 ///
-/// `x` is as there, and empty it has statistics over no values; so many as one value per channel are
-/// fine. They are constants to autograd. On the CPU this reads `x` once; on CUDA it is a whole forward
-/// pass.
+/// `x` is as there, and empty it has statistics over no values; one value per channel is fine. They are
+/// constants to autograd. On the CPU this reads `x` once; on CUDA it is a whole forward pass, with an
+/// output that nobody gets.
 ///
 /// PyTorch: `torch.var_mean(x, dims, correction=0)`.
 ///

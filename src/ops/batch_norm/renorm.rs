@@ -2,7 +2,10 @@
 
 use candle_core::{bail, DType, Result, Tensor};
 
-use super::{apply, batch_stats, check_training, of_nothing, BatchNormArgs, BatchStats, Normalise};
+use super::{
+    apply, batch_norm_train, batch_stats, check_training, of_nothing, BatchNormArgs, BatchStats,
+    Normalise,
+};
 use crate::shape::check_per_channel;
 
 /// How far batch renormalisation may go from the batch's own statistics.
@@ -40,17 +43,20 @@ impl RenormLimits {
 /// y = activation((x̂·r + d)·weight + bias + residual)        x̂ = (x - mean) / σ_B
 /// ```
 ///
-/// `r` and `d` are constants to autograd: `dx` is that of batch norm times `r`, and
-/// `dweight = Σg·(x̂·r + d)`. With [`RenormLimits::NONE`] this is batch norm to the last bit; with wide
+/// `r` and `d` are constants to autograd: for the same `g`, `dx` is that of batch norm times `r`, and
+/// `dweight = Σg·(x̂·r + d)`. With [`RenormLimits::NONE`] this is batch norm; with wide
 /// limits `y` is what the running statistics give, but still with gradients through those of the batch.
 ///
 /// `running_mean` and `running_var` are `[c]`, F32 or F64, as they are before this batch moves them.
 /// Returns `y` and the statistics of the batch. `x` and the arguments are those of `batch_norm_train`.
-/// It reads `x` once more than that, for its statistics.
+/// A NaN in the running statistics gives NaN in its channel on the CPU. The statistics of the batch are
+/// found first, by [`batch_stats`](super::batch_stats): that reads `x` once more, and on CUDA is a whole
+/// forward pass more.
 ///
 /// Source: Ioffe 2017, <https://arxiv.org/abs/1702.03275>; the running variance stands in the place of
-/// its running standard deviation. There is no counterpart in PyTorch; Keras 2:
-/// `BatchNormalization(renorm=True, renorm_clipping=…)`.
+/// its running standard deviation. There is no counterpart in PyTorch;
+/// `tf.compat.v1.keras.layers.BatchNormalization(renorm=True, renorm_clipping=…)` keeps further
+/// statistics of its own.
 ///
 /// # Errors
 /// Those of `batch_norm_train`; running statistics of another shape, dtype or device; limits out of
@@ -89,6 +95,9 @@ pub fn batch_renorm_train(
     if !args.remove_mean {
         bail!("batch renorm expects remove_mean, for it corrects the mean")
     }
+    if limits == RenormLimits::NONE {
+        return batch_norm_train(x, args);
+    }
     let pooling = args.pooling(x)?;
     if dims.numel() == 0 {
         return Ok((of_nothing(x, pooling)?, BatchStats::of_nothing(x)?));
@@ -102,18 +111,20 @@ pub fn batch_renorm_train(
     let r = (sigma(&var)? / &running_sigma)?.clamp(1.0 / r_max, r_max)?;
     let d = ((&mean - constant(running_mean)?)? / &running_sigma)?.clamp(-d_max, d_max)?;
     // (x̂·r + d)·weight + bias = x̂·(weight·r) + (bias + weight·d)
-    let dtype = match (args.weight.or(args.bias), x.dtype()) {
-        (Some(parameter), _) => parameter.dtype(),
-        (None, DType::F16 | DType::BF16) => DType::F32,
-        (None, dtype) => dtype,
+    let dtype = match x.dtype() {
+        DType::F16 | DType::BF16 => DType::F32,
+        dtype => dtype,
     };
     let (r, d) = (r.to_dtype(dtype)?, d.to_dtype(dtype)?);
     let (weight, shift) = match args.weight {
-        Some(weight) => ((weight * r)?, (weight * d)?),
+        Some(weight) => {
+            let weight = weight.to_dtype(dtype)?;
+            ((&weight * r)?, (weight * d)?)
+        }
         None => (r, d),
     };
     let bias = match args.bias {
-        Some(bias) => (bias + shift)?,
+        Some(bias) => (bias.to_dtype(dtype)? + shift)?,
         None => shift,
     };
     let args = BatchNormArgs {

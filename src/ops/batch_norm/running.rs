@@ -52,22 +52,26 @@ impl BatchStats {
     ///
     /// # Errors
     /// A momentum outside of 0..=1, or running statistics that are not contiguous F32 or F64 `[c]`
-    /// on the input's device; then neither of them changes.
+    /// on the input's device; statistics over one value, whose unbiased variance is 0/0. Then neither
+    /// of them changes.
     pub fn update_running(
         &self,
         running_mean: Option<&Tensor>,
         running_var: &Tensor,
         momentum: f64,
     ) -> Result<()> {
+        if self.count == 1 {
+            bail!("batch norm expects more than one value per channel for an unbiased variance, got 1")
+        }
         let m = self.count as f64;
         self.move_running(running_mean, running_var, momentum, m / (m - 1.0))
     }
 
-    /// [`update_running`](Self::update_running) with the biased variance, `var` as it is. Keras and
-    /// Flax keep that.
+    /// [`update_running`](Self::update_running) with the biased variance, `var` as it is. Keras 3
+    /// and Flax keep that.
     ///
     /// # Errors
-    /// The same.
+    /// The same, but one value per channel is enough.
     pub fn update_running_biased(
         &self,
         running_mean: Option<&Tensor>,
