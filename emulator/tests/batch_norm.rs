@@ -72,7 +72,7 @@ const DIMS: [(usize, usize, usize); 17] = [
     (2, 5, 259),
 ];
 
-/// All sizes and kinds, and all of the 64 combinations of options in the course of them.
+/// All sizes and kinds, and all of the 128 combinations of options in the course of them.
 fn check_all<T: Value, P: Value>() {
     // Sanitizers look at how, not at which numbers.
     let variants = if SANITIZER.is_some() { 1 } else { 3 };

@@ -34,6 +34,8 @@ pub struct Case {
     pub relu: bool,
     /// Mean and variance are given, as in evaluation.
     pub given: bool,
+    /// Though given, they are the input's: gradients go through them, as in batch renormalisation.
+    pub known: bool,
     pub remove_mean: bool,
     /// Added to all values of x.
     pub offset: f64,
@@ -53,6 +55,7 @@ impl Case {
             residual: false,
             relu: false,
             given: false,
+            known: false,
             remove_mean: true,
             offset: 0.5,
             constant: false,
@@ -69,6 +72,7 @@ impl Case {
             residual: bit(2),
             relu: bit(3),
             given: bit(4),
+            known: bit(6),
             remove_mean: !bit(5),
             ..self
         }
@@ -76,6 +80,11 @@ impl Case {
 
     pub fn m(&self) -> usize {
         self.dims.0 * self.dims.2
+    }
+
+    /// Whether gradients go through the statistics.
+    pub fn training(&self) -> bool {
+        !self.given || self.known
     }
 
     /// The launches in one direction; with given statistics there is nothing to find out forward.
@@ -102,7 +111,7 @@ impl Case {
             given_dtype: Some(DTypeCode::F64),
             relu: self.relu,
             remove_mean: self.remove_mean,
-            training: !self.given,
+            training: self.training(),
         };
         Problem::new(Dims { n, c, s }, plan, &options)
     }
@@ -239,7 +248,7 @@ pub fn run<T: Value, P: Value>(
     let saved = Arg::slice(&outputs.saved);
     let mut first = vec![x, dy, y, weight, bias, saved];
     let [wants_dx, wants_dresidual, wants_dparams] = case.wants;
-    let needs_sums = wants_dparams || (wants_dx && !case.given);
+    let needs_sums = wants_dparams || (wants_dx && case.training());
     if plan.blocks == Blocks::TwoPasses && needs_sums {
         let args = [Arg::slice_mut(&mut partials), Arg::value(&problem)];
         start("backward_sums", &plan, &[&first[..], &args].concat());

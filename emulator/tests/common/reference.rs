@@ -126,9 +126,9 @@ impl<'a> Channel<'a> {
                 true => dbias / m,
                 false => 0.0,
             };
-            let through_stats = match case.given {
-                true => 0.0,
-                false => through_mean + x_hat * dweight / m,
+            let through_stats = match case.training() {
+                true => through_mean + x_hat * dweight / m,
+                false => 0.0,
             };
             let scale = self.weight * rstd;
             let expected = scale * (g - through_stats);
