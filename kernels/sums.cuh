@@ -32,7 +32,7 @@ template <typename L>
 __device__ void sum_block(const Tile<L> &tile, const Problem &p, Pair (&mine)[L::SUMS],
                           Pair *scratch, Pair *totals) {
   const int thread = threadIdx.x, lane = thread % 32, warp = thread / 32;
-  const int threads = blockDim.x, warps = threads / 32;
+  const int warps = blockDim.x / 32;
   if (L::ONE) {
     const Pair sum = sum_lanes(mine[0]);
     if (lane == 0) {
@@ -110,6 +110,12 @@ __device__ void write_partials(const Tile<L> &tile, const Pair *totals, Pair *pa
   }
 }
 
+// What another block has left: past the cache of this multiprocessor, which may be older.
+__device__ inline Pair load_partial(const Pair *partial) {
+  const double2 pair = __ldcg(reinterpret_cast<const double2 *>(partial));
+  return {pair.x, pair.y};
+}
+
 // Threads that share the partials of a channel.
 constexpr int MERGERS = 32;
 
@@ -118,15 +124,12 @@ template <typename L>
 __device__ void merge_partials(const Tile<L> &tile, const Problem &p, const Pair *partials,
                                Pair *scratch, Pair *totals) {
   const int thread = threadIdx.x, channels = p.channels;
-  const int mergers = smaller(MERGERS, static_cast<int>(blockDim.x) / channels);
-  const int channel = thread % channels, merger = thread / channels;
   if (L::ONE) {
     // All in the first warp.
     Pair sum = {0, 0};
     if (thread < 32) {
       for (int split = thread; split < p.splits; split += 32) {
-        const double2 pair = __ldcg(reinterpret_cast<const double2 *>(partials + split));
-        sum = sum + Pair{pair.x, pair.y};
+        sum = sum + load_partial(partials + split);
       }
       sum = sum_lanes(sum);
     }
@@ -135,12 +138,12 @@ __device__ void merge_partials(const Tile<L> &tile, const Problem &p, const Pair
     }
     return;
   }
+  const int mergers = smaller(MERGERS, static_cast<int>(blockDim.x) / channels);
+  const int channel = thread % channels, merger = thread / channels;
   if (merger < mergers && channel < tile.count) {
     Pair sum = {0, 0};
     for (int split = merger; split < p.splits; split += mergers) {
-      const Pair *partial = partials + static_cast<int64_t>(split) * channels + channel;
-      const double2 pair = __ldcg(reinterpret_cast<const double2 *>(partial));
-      sum = sum + Pair{pair.x, pair.y};
+      sum = sum + load_partial(partials + static_cast<int64_t>(split) * channels + channel);
     }
     scratch[merger * channels + channel] = sum;
   }
