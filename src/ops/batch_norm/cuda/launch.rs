@@ -6,15 +6,15 @@ use std::ptr;
 use candle_core::cuda_backend::WrapErr;
 use candle_core::{bail, Result};
 use cudarc::driver::sys::{
-    self, CUdevice_attribute as Attribute, CUfunction_attribute as FunctionAttribute,
-    CUlaunchAttribute, CUlaunchAttributeID as Id, CUlaunchAttributeValue,
-    CUlaunchAttributeValue_union__bindgen_ty_1 as ClusterDim, CUlaunchConfig,
+    self, CUfunction_attribute as FunctionAttribute, CUlaunchAttribute, CUlaunchAttributeID as Id,
+    CUlaunchAttributeValue, CUlaunchAttributeValue_union__bindgen_ty_1 as ClusterDim,
+    CUlaunchConfig,
 };
 use cudarc::driver::{
     CudaFunction, CudaSlice, CudaStream, CudaView, DevicePtr, DevicePtrMut, SyncOnDrop,
 };
 
-use super::super::plan::Plan;
+use super::super::plan::{Limits, Plan};
 
 /// How many blocks, and of which size.
 #[derive(Debug, Clone, Copy)]
@@ -78,11 +78,12 @@ impl Grid {
 
 /// Lets `function` have the shared memory of `grid`, and says whether the device can run it: parts
 /// of a GPU may have fewer multiprocessors together than a cluster or a group needs.
-pub(super) fn prepare(function: &CudaFunction, grid: Grid, stream: &CudaStream) -> Result<bool> {
-    let context = stream.context();
-    let most = context
-        .attribute(Attribute::CU_DEVICE_ATTRIBUTE_MAX_SHARED_MEMORY_PER_BLOCK_OPTIN)
-        .w()?;
+pub(super) fn prepare(
+    function: &CudaFunction,
+    grid: Grid,
+    limits: &Limits,
+    stream: &CudaStream,
+) -> Result<bool> {
     let own = function
         .get_attribute(FunctionAttribute::CU_FUNC_ATTRIBUTE_SHARED_SIZE_BYTES)
         .w()?;
@@ -91,7 +92,7 @@ pub(super) fn prepare(function: &CudaFunction, grid: Grid, stream: &CudaStream) 
     for (attribute, value) in [
         (
             FunctionAttribute::CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES,
-            most - own,
+            limits.shared_per_block as i32 - own,
         ),
         (
             FunctionAttribute::CU_FUNC_ATTRIBUTE_PREFERRED_SHARED_MEMORY_CARVEOUT,
@@ -118,10 +119,7 @@ pub(super) fn prepare(function: &CudaFunction, grid: Grid, stream: &CudaStream) 
                 None,
             )
             .w()?;
-        let multiprocessors = context
-            .attribute(Attribute::CU_DEVICE_ATTRIBUTE_MULTIPROCESSOR_COUNT)
-            .w()?;
-        return Ok(grid.blocks <= of_one as usize * multiprocessors.max(0) as usize);
+        return Ok(grid.blocks <= of_one as usize * limits.multiprocessors);
     }
     Ok(true)
 }

@@ -53,9 +53,9 @@ fn address_of<V>(value: &V) -> *const c_void {
     ptr::from_ref(value).cast()
 }
 
-/// Room for what the blocks of a plan leave for each other, if anything.
-fn partials(plan: &Plan, device: &CudaDevice) -> Result<Option<CudaSlice<f64>>> {
-    let count = plan.partials();
+/// Room for what the blocks of a plan leave for each other, if there is anything.
+fn partials(plan: &Plan, needs_sums: bool, device: &CudaDevice) -> Result<Option<CudaSlice<f64>>> {
+    let count = if needs_sums { plan.partials() } else { 0 };
     // SAFETY: the kernels write every value before they read it.
     (count > 0)
         .then(|| unsafe { device.alloc(count) })
@@ -95,7 +95,7 @@ fn choose<T: Kernel>(
         let plan = Plan::new(dims, size_of::<T>(), direction, &limits);
         let function = kernel::<T>(&plan, what, device)?;
         if plan.blocks == Blocks::TwoPasses
-            || prepare(&function, (&plan).into(), &device.cuda_stream())?
+            || prepare(&function, (&plan).into(), &limits, &device.cuda_stream())?
         {
             return Ok((plan, function));
         }
@@ -142,7 +142,8 @@ fn forward_as<T: Kernel>(
     let device = operands.x.0.device().clone();
     let stream = device.cuda_stream();
     let dims = spec.dims;
-    let (plan, forward) = choose::<T>(dims, Direction::Forward, given.is_none(), &device)?;
+    let needs_sums = given.is_none();
+    let (plan, forward) = choose::<T>(dims, Direction::Forward, needs_sums, &device)?;
     let given_dtype = given.map(|(mean, _)| mean.dtype());
     let problem = problem(spec, &plan, dtype_of(operands), given_dtype);
     let values = [address_of(&problem)];
@@ -164,10 +165,10 @@ fn forward_as<T: Kernel>(
     let mut y = unsafe { device.alloc::<T>(dims.numel())? };
     // SAFETY: as above.
     let mut saved = unsafe { device.alloc::<f64>(2 * dims.c)? };
-    let mut partials = partials(&plan, &device)?;
+    let mut partials = partials(&plan, needs_sums, &device)?;
     let mut counters = Counters::of(&plan, &device)?;
 
-    if plan.blocks == Blocks::TwoPasses && given.is_none() {
+    if plan.blocks == Blocks::TwoPasses && needs_sums {
         let mut args = Args::new(&stream);
         args.read(&x).write_optional(&mut partials);
         // SAFETY: the arguments are those of bn_stats, `x` has n·c·s values, and `partials` are the
@@ -187,20 +188,17 @@ fn forward_as<T: Kernel>(
     if plan.blocks == Blocks::TwoPasses {
         PerChannel::push(&mean, &mut args);
         PerChannel::push(&var, &mut args);
-        args.write_optional(&mut partials);
-        args.write(&mut y).write(&mut saved);
-        // SAFETY: the arguments are those of bn_forward; `x`, `residual` and `y` have n·c·s values,
-        // the tensors per channel c each, `saved` 2·c, and mean and variance are there or else
-        // `partials` have their sums.
-        unsafe { args.launch(&forward, (&plan).into(), &values)? };
-    } else {
-        args.write_optional(&mut partials);
-        Counters::push(&mut counters, &mut args);
-        args.write(&mut y).write(&mut saved);
-        // SAFETY: the arguments are those of bn_forward_group and bn_forward_cluster, with the
-        // sizes of those above; `partials` and counters are the plan's.
-        unsafe { args.launch(&forward, (&plan).into(), &values)? };
     }
+    args.write_optional(&mut partials);
+    if plan.blocks != Blocks::TwoPasses {
+        Counters::push(&mut counters, &mut args);
+    }
+    args.write(&mut y).write(&mut saved);
+    // SAFETY: the arguments are those of bn_forward or of bn_forward_group and bn_forward_cluster;
+    // `x`, `residual` and `y` have n·c·s values, the tensors per channel c each, `saved` 2·c,
+    // `partials` and counters are the plan's, and in two passes mean and variance are there or else
+    // `partials` have their sums.
+    unsafe { args.launch(&forward, (&plan).into(), &values)? };
     let saved = CudaStorage::wrap_cuda_slice(saved, device.clone());
     Ok((
         CudaStorage::wrap_cuda_slice(y, device),
@@ -265,7 +263,7 @@ fn backward_as<T: Kernel>(
         Some(dtype) => Some(unsafe { device.alloc_uninit(&params_shape, dtype)? }),
         None => None,
     };
-    let mut partials = partials(&plan, &device)?;
+    let mut partials = partials(&plan, needs_sums, &device)?;
     let mut counters = Counters::of(&plan, &device)?;
     let inputs = || {
         let mut args = Args::new(&stream);
@@ -285,25 +283,16 @@ fn backward_as<T: Kernel>(
         unsafe { args.launch(&sums, (&plan).into(), &values)? };
     }
     let mut args = inputs();
-    if plan.blocks == Blocks::TwoPasses {
-        match needs_sums {
-            true => args.write_optional(&mut partials),
-            false => args.null(),
-        };
-        args.write_optional(&mut dx).write_optional(&mut dresidual);
-        PerChannel::push_storage(&mut dparams, &mut args)?;
-        // SAFETY: the arguments are those of bn_backward; tensors like `x` have n·c·s values, the
-        // parameters c, `saved` and `dparams` 2·c, and `partials`, if any, have the sums.
-        unsafe { args.launch(&backward, (&plan).into(), &values)? };
-    } else {
-        args.write_optional(&mut partials);
+    args.write_optional(&mut partials);
+    if plan.blocks != Blocks::TwoPasses {
         Counters::push(&mut counters, &mut args);
-        args.write_optional(&mut dx).write_optional(&mut dresidual);
-        PerChannel::push_storage(&mut dparams, &mut args)?;
-        // SAFETY: the arguments are those of bn_backward_group and bn_backward_cluster, with the
-        // sizes of those above; `partials` and counters are the plan's.
-        unsafe { args.launch(&backward, (&plan).into(), &values)? };
     }
+    args.write_optional(&mut dx).write_optional(&mut dresidual);
+    PerChannel::push_storage(&mut dparams, &mut args)?;
+    // SAFETY: the arguments are those of bn_backward or of bn_backward_group and bn_backward_cluster;
+    // tensors like `x` have n·c·s values, the parameters c, `saved` and `dparams` 2·c, `partials` and
+    // counters are the plan's, and in two passes `partials`, if any, have the sums.
+    unsafe { args.launch(&backward, (&plan).into(), &values)? };
     let like_x = |slice: CudaSlice<T>| {
         let storage = CudaStorage::wrap_cuda_slice(slice, device.clone());
         wrap(storage, operands.x.1.shape())
