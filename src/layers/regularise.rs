@@ -4,7 +4,7 @@ use candle_core::{bail, DType, Result, Tensor, Var};
 
 use super::{BatchNorm, Freeze};
 use crate::ops::relu;
-use crate::ops::slices::check_float;
+use crate::ops::slices::{check_float, computed_in};
 
 /// A term for the loss that grows with the size of a parameter: `l1·Σ|w| + l2·Σw²`.
 ///
@@ -43,10 +43,7 @@ impl Penalty {
         }
         check_float("a penalty", parameter)?;
         // candle sums half precision in itself.
-        let w = match parameter.dtype() {
-            DType::F16 | DType::BF16 => parameter.to_dtype(DType::F32)?,
-            _ => parameter.clone(),
-        };
+        let w = parameter.to_dtype(computed_in(parameter.dtype()))?;
         // Nothing that is not asked for, be it infinite.
         let mut penalty = Tensor::zeros((), w.dtype(), w.device())?;
         if self.l1 > 0.0 {

@@ -45,6 +45,14 @@ pub(crate) fn check_float(op: &str, x: &Tensor) -> Result<()> {
     }
 }
 
+/// The dtype in which values of `dtype` are computed: F32 for half precision.
+pub(crate) fn computed_in(dtype: DType) -> DType {
+    match dtype {
+        DType::F16 | DType::BF16 => DType::F32,
+        dtype => dtype,
+    }
+}
+
 /// Calls a function that is generic over the dtype of a tensor.
 macro_rules! dispatch {
     ($op:expr, $dtype:expr, $f:ident($($arg:expr),*)) => {

@@ -7,7 +7,7 @@ use candle_core::{
 };
 
 use super::backward::gradient_of;
-use super::slices::{tensor, values};
+use super::slices::{computed_in, tensor, values};
 
 /// Which gradients somebody asked for.
 #[derive(Debug, Clone, Copy)]
@@ -49,10 +49,7 @@ where
         shape: shape.into(),
         has_bias: bias.is_some(),
     };
-    let dtype = match x.dtype() {
-        DType::F16 | DType::BF16 => DType::F32,
-        dtype => dtype,
-    };
+    let dtype = computed_in(x.dtype());
     let (x_wide, weight) = (x.to_dtype(dtype)?, weight.to_dtype(dtype)?);
     // In the place of a bias stands the input again, which is not read as one.
     let bias = match bias {

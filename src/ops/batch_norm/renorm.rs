@@ -6,6 +6,7 @@ use super::{
     apply, batch_norm_train, batch_stats, check_training, of_nothing, BatchNormArgs, BatchStats,
     Normalise,
 };
+use crate::ops::slices::computed_in;
 use crate::shape::check_per_channel;
 
 /// How far batch renormalisation may go from the batch's own statistics.
@@ -111,10 +112,7 @@ pub fn batch_renorm_train(
     let r = (sigma(&var)? / &running_sigma)?.clamp(1.0 / r_max, r_max)?;
     let d = ((&mean - constant(running_mean)?)? / &running_sigma)?.clamp(-d_max, d_max)?;
     // (x̂·r + d)·weight + bias = x̂·(weight·r) + (bias + weight·d)
-    let dtype = match x.dtype() {
-        DType::F16 | DType::BF16 => DType::F32,
-        dtype => dtype,
-    };
+    let dtype = computed_in(x.dtype());
     let (r, d) = (r.to_dtype(dtype)?, d.to_dtype(dtype)?);
     let (weight, shift) = match args.weight {
         Some(weight) => {
