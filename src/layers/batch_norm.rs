@@ -8,6 +8,7 @@ use super::{BatchNormConfig, Freeze};
 use crate::ops::{
     batch_norm_inference, batch_norm_train, batch_renorm_train, BatchNormArgs, BatchStats,
 };
+use crate::shape::check_like;
 
 /// Batch normalisation of `[n, c, …]` over everything but the channels, with running statistics.
 ///
@@ -326,12 +327,8 @@ impl BatchNorm {
 
     fn forward_with(&self, x: &Tensor, residual: Option<&Tensor>, train: bool) -> Result<Tensor> {
         let axis = ChannelsSecond::new(x, self.config.axis)?;
-        if let Some(residual) = residual.filter(|residual| residual.dims() != x.dims()) {
-            bail!(
-                "batch norm expects a residual of the input's shape {:?}, got {:?}",
-                x.dims(),
-                residual.dims()
-            )
+        if let Some(residual) = residual {
+            check_like("a residual", residual, "the input", x)?; // in the shape that was given
         }
         let given = x;
         let x = &axis.there(x)?;
