@@ -173,7 +173,6 @@ fn case(shape: &[usize], dtype: DType, limits: &Limits) -> Value {
             ..*limits
         };
         plans.push(Plan::new(dims, bytes, direction, &portable));
-        let most = limits.shared_per_block - (27 << 10);
         for splits in [1, 2, 4, 8] {
             for threads in [256, 512] {
                 let kind = match splits {
@@ -181,7 +180,7 @@ fn case(shape: &[usize], dtype: DType, limits: &Limits) -> Value {
                     _ => Blocks::Cluster,
                 };
                 let plan = Plan::of_kind(dims, bytes, direction, (kind, splits, threads));
-                if plan.shared_bytes <= most && limits.clusters {
+                if plan.fits(limits) && limits.clusters {
                     plans.push(plan);
                 }
             }

@@ -138,6 +138,11 @@ impl Plan {
         Tile::new(dims, value_bytes).plan(direction, blocks, splits, threads)
     }
 
+    /// Whether a block has the shared memory that it needs.
+    pub fn fits(&self, limits: &Limits) -> bool {
+        self.shared_bytes + self.layout.static_shared_bytes() <= limits.shared_per_block
+    }
+
     /// Whether all blocks have to run at the same time.
     pub fn is_cooperative(&self) -> bool {
         self.blocks == Blocks::Group && self.splits > 1

@@ -95,6 +95,7 @@ fn what_is_kept_fits_and_waits_for_blocks_that_run() {
     for (dims, _, limits, plan) in plans() {
         let block = plan.shared_bytes + plan.layout.static_shared_bytes();
         assert!(block <= limits.shared_per_block, "{dims:?} {plan:?}");
+        assert!(plan.fits(&limits), "{dims:?} {plan:?}");
         if plan.is_cooperative() {
             let of_a_multiprocessor = limits.shared_per_multiprocessor / (block + RESERVED);
             // Kernels of up to 128 registers: 512 threads on a multiprocessor.
