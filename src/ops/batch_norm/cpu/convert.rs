@@ -119,43 +119,79 @@ fn f32_to_bf16(value: f32) -> bf16 {
 }
 
 #[cfg(test)]
-mod tests {
+pub(super) mod tests {
+    use std::fmt::Debug;
+
     use super::*;
 
-    #[test]
-    fn every_bf16_becomes_what_the_crate_half_makes_of_it() {
-        for bits in 0..=u16::MAX {
-            let (ours, truth) = (
-                bf16_to_f32(bf16::from_bits(bits)),
-                bf16::from_bits(bits).to_f32(),
-            );
-            assert!(
-                ours == truth || ours.is_nan() && truth.is_nan(),
-                "{bits:#06x}"
-            );
-            assert_eq!(ours.is_sign_negative(), truth.is_sign_negative());
+    /// The way of a half precision to `f32` and back, ours and that of the crate `half`.
+    pub struct Conversion<T> {
+        pub from_bits: fn(u16) -> T,
+        pub to_bits: fn(T) -> u16,
+        pub widen: fn(T) -> f32,
+        pub true_widen: fn(T) -> f32,
+        pub narrow: fn(f32) -> T,
+        pub true_narrow: fn(f32) -> T,
+    }
+
+    impl<T: Element<Real = f32> + Debug + PartialOrd> Conversion<T> {
+        pub fn check_every_value(&self) {
+            for bits in 0..=u16::MAX {
+                let value = || (self.from_bits)(bits);
+                let (ours, truth) = ((self.widen)(value()), (self.true_widen)(value()));
+                assert!(
+                    ours == truth || ours.is_nan() && truth.is_nan(),
+                    "{bits:#06x}"
+                );
+                assert_eq!(ours.is_sign_negative(), truth.is_sign_negative());
+            }
+        }
+
+        /// All 2¹⁶ upper halves of an `f32`, each with these lower halves.
+        pub fn check_rounding(&self, lowers: &[u32]) {
+            for upper in 0..=u32::from(u16::MAX) {
+                for lower in lowers {
+                    let value = f32::from_bits(upper << 16 | lower);
+                    let (ours, truth) = ((self.narrow)(value), (self.true_narrow)(value));
+                    let are_nan =
+                        (self.true_widen)(ours).is_nan() && (self.true_widen)(truth).is_nan();
+                    assert!(
+                        (self.to_bits)(ours) == (self.to_bits)(truth) || are_nan,
+                        "{value:e}: {ours:?}, expected {truth:?}"
+                    );
+                }
+            }
+        }
+
+        pub fn check_that_no_larger_value_rounds_to_zero(&self) {
+            let (zero, limit) = ((self.from_bits)(0), T::ROUNDS_TO_ZERO);
+            assert!((self.narrow)(limit) == zero);
+            assert!((self.narrow)(f32::from_bits(limit.to_bits() + 1)) > zero);
         }
     }
 
-    /// All 2¹⁶ upper halves of an `f32`, each with lower halves around the tie.
+    const BF16: Conversion<bf16> = Conversion {
+        from_bits: bf16::from_bits,
+        to_bits: bf16::to_bits,
+        widen: bf16_to_f32,
+        true_widen: bf16::to_f32,
+        narrow: f32_to_bf16,
+        true_narrow: bf16::from_f32,
+    };
+
+    #[test]
+    fn every_bf16_becomes_what_the_crate_half_makes_of_it() {
+        BF16.check_every_value();
+    }
+
+    /// Around the tie.
     #[test]
     fn rounding_is_that_of_the_crate_half() {
-        for upper in 0..=u32::from(u16::MAX) {
-            for lower in [0, 1, 0x7fff, 0x8000, 0x8001, 0xffff] {
-                let value = f32::from_bits(upper << 16 | lower);
-                let (ours, truth) = (f32_to_bf16(value), bf16::from_f32(value));
-                assert!(
-                    ours.to_bits() == truth.to_bits() || ours.is_nan() && truth.is_nan(),
-                    "{value:e}: {ours:?}, expected {truth:?}"
-                );
-            }
-        }
+        BF16.check_rounding(&[0, 1, 0x7fff, 0x8000, 0x8001, 0xffff]);
     }
 
     #[test]
     fn no_larger_value_rounds_to_zero() {
-        let next = |value: f32| f32::from_bits(value.to_bits() + 1);
-        assert!(f32_to_bf16(bf16::ROUNDS_TO_ZERO) == bf16::ZERO);
-        assert!(f32_to_bf16(next(bf16::ROUNDS_TO_ZERO)) > bf16::ZERO);
+        BF16.check_that_no_larger_value_rounds_to_zero();
     }
 }

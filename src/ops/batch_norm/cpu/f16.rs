@@ -207,45 +207,34 @@ fn f32_to_f16(value: f32) -> f16 {
 
 #[cfg(test)]
 mod tests {
+    use super::super::convert::tests::Conversion;
     use super::*;
+
+    const F16: Conversion<f16> = Conversion {
+        from_bits: f16::from_bits,
+        to_bits: f16::to_bits,
+        widen: f16_to_f32,
+        true_widen: f16::to_f32,
+        narrow: f32_to_f16,
+        true_narrow: f16::from_f32,
+    };
 
     #[test]
     fn every_value_becomes_what_the_crate_half_makes_of_it() {
-        for bits in 0..=u16::MAX {
-            let (ours, truth) = (
-                f16_to_f32(f16::from_bits(bits)),
-                f16::from_bits(bits).to_f32(),
-            );
-            assert!(
-                ours == truth || ours.is_nan() && truth.is_nan(),
-                "{bits:#06x}"
-            );
-            assert_eq!(ours.is_sign_negative(), truth.is_sign_negative());
-        }
+        F16.check_every_value();
     }
 
-    /// All 2¹⁶ upper halves of an `f32`, each with lower halves around the ties.
+    /// Around the ties.
     #[test]
     fn rounding_is_that_of_the_crate_half() {
-        for upper in 0..=u32::from(u16::MAX) {
-            for lower in [
-                0, 1, 0x0fff, 0x1000, 0x1001, 0x2fff, 0x3000, 0x7fff, 0x8000, 0x8001, 0xffff,
-            ] {
-                let value = f32::from_bits(upper << 16 | lower);
-                let (ours, truth) = (f32_to_f16(value), f16::from_f32(value));
-                assert!(
-                    ours.to_bits() == truth.to_bits() || ours.is_nan() && truth.is_nan(),
-                    "{value:e}: {ours:?}, expected {truth:?}"
-                );
-            }
-        }
+        F16.check_rounding(&[
+            0, 1, 0x0fff, 0x1000, 0x1001, 0x2fff, 0x3000, 0x7fff, 0x8000, 0x8001, 0xffff,
+        ]);
     }
 
     #[test]
     fn no_larger_value_rounds_to_zero() {
-        let next = |value: f32| f32::from_bits(value.to_bits() + 1);
-        assert!(f32_to_f16(f16::ROUNDS_TO_ZERO) == f16::ZERO);
-        assert!(f32_to_f16(next(f16::ROUNDS_TO_ZERO)) > f16::ZERO);
+        F16.check_that_no_larger_value_rounds_to_zero();
     }
 
     struct Way {
