@@ -6,6 +6,7 @@ mod batch_norm;
 mod conv2d;
 mod cross_entropy;
 mod linear;
+mod loops;
 mod max_pool2d;
 mod output;
 mod parallel;

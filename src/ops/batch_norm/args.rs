@@ -2,7 +2,7 @@
 
 use candle_core::{bail, DType, Result, Tensor};
 
-use super::cpu::PLANE;
+use crate::ops::loops::PLANE;
 use crate::ops::max_pool2d::check_windows;
 use crate::ops::max_pool2d::windows::Windows;
 use crate::shape::{check_input, check_like, check_one_dtype, check_per_channel, Dims};

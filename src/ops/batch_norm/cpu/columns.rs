@@ -3,13 +3,13 @@
 
 use std::ops::Range;
 
-use super::convert::{Element, Real};
-use super::element::{Channel, ChannelGrad, Channels, Mask, Slice};
-use super::lanes::spread;
 use super::passes::{Summing, Tiling};
 use super::pooling::Tensors;
 use super::rows::{ChannelRow, GradRow, Pair};
-use super::sweep::{Division, Tile, PART};
+use crate::ops::loops::convert::{Element, Real};
+use crate::ops::loops::element::{Channel, ChannelGrad, Channels, Mask, Slice};
+use crate::ops::loops::lanes::spread;
+use crate::ops::loops::sweep::{Division, Tile, PART};
 use crate::shape::Dims;
 
 /// Fewer rows in a part would make its sums a burden to store and to merge.

@@ -2,29 +2,26 @@
 //!
 //! [`forward`] and [`backward`] take whole tensors. Both go over a tensor part by part, in
 //! [`passes`]: first for sums, merged to what a channel needs, and then for every value. How a tensor is divided
-//! among threads stands in [`sweep`]; where its channels lie, in [`planes`] and [`columns`]; what is
-//! computed per value, in [`element`].
+//! among threads and what is computed per value stand in [`loops`](crate::ops::loops); where its channels lie, in
+//! [`planes`] and [`columns`].
 
 // With an index below a length, the compiler leaves out the checks of bounds behind closures; with
 // an enumerated iterator it keeps them, and a scalar rest of each loop.
 #![allow(clippy::needless_range_loop)]
 
 mod columns;
-mod convert;
-mod element;
-mod f16;
-mod lanes;
 mod passes;
 mod planes;
 mod pooling;
 mod rows;
-mod sweep;
 
 use super::{Activation, Spec, Wants};
 use columns::Columns;
-pub(crate) use convert::Element;
-use element::{FromInput, FromOutput, Mask, NoMask};
 use planes::{InOrder, Planes};
+
+pub(crate) use crate::ops::loops::convert::Element;
+use crate::ops::loops::element::{FromInput, FromOutput, Mask, NoMask};
+use crate::ops::loops::PLANE;
 
 /// The learned parameters, `[c]` each; an absent weight is 1, an absent bias 0.
 pub(crate) struct Params {
@@ -84,9 +81,6 @@ pub(crate) fn statistics<T: Element>(spec: &Spec, x: &[T]) -> Vec<f64> {
         false => passes::statistics(&Planes::new(spec), spec, x),
     }
 }
-
-/// Smaller planes are gone through as columns: loops over so few values have no time to get fast.
-pub(super) const PLANE: usize = 64;
 
 fn as_columns(spec: &Spec) -> bool {
     spec.dims.s < PLANE

@@ -2,13 +2,13 @@
 
 use std::ops::Range;
 
-use super::convert::{Element, Real};
-use super::element::{write_y, Channel, ChannelGrad, Channels, Mask};
 use super::pooling::{outputs, Scratch, Tensors, Unpooled};
 use super::rows::{by_channel, channel_row, copy, grad_row, merge_moments};
 use super::rows::{ChannelRow, GradRow, Pair};
-use super::sweep::{Division, Tile};
 use super::{Backward, Forward, Grads, Params, Spec};
+use crate::ops::loops::convert::{Element, Real};
+use crate::ops::loops::element::{write_y, Channel, ChannelGrad, Channels, Mask};
+use crate::ops::loops::sweep::{Division, Tile};
 use crate::ops::output::{Output, Parts};
 use crate::ops::parallel;
 use crate::ops::slices::vectorised;

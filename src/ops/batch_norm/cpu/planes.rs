@@ -2,14 +2,14 @@
 
 use std::ops::Range;
 
-use super::convert::{Element, Real};
-use super::element::{Channel, ChannelGrad, Mask, Same};
-use super::lanes::{spread, Distances, GradSums, Sum};
 use super::passes::{Summing, Tiling};
 use super::pooling::Tensors;
 use super::rows::{ChannelRow, GradRow, Pair};
-use super::sweep::{Division, Tile, PART};
 use super::Spec;
+use crate::ops::loops::convert::{Element, Real};
+use crate::ops::loops::element::{Channel, ChannelGrad, Mask, Same};
+use crate::ops::loops::lanes::{moments, GradSums};
+use crate::ops::loops::sweep::{Division, Tile, PART};
 use crate::shape::Dims;
 
 pub(super) struct Planes {
@@ -92,34 +92,10 @@ impl Summing for Planes {
 
     #[inline(always)]
     fn moments<T: Element>(&self, x: &[T], tile: Tile, remove_mean: bool) -> Pair<[f64; 1]> {
+        let runs = || self.runs(tile).map(|(run, _)| &x[run]);
         let m = self.values(tile.part) as f64;
-        let mut mean = 0.0;
-        if T::SQUARES_FIT && remove_mean {
-            let mut pivot = None;
-            let mut distances = Distances::new();
-            for (run, _) in self.runs(tile) {
-                let pivot = *pivot.get_or_insert(x[run.start].to_f64());
-                distances.add(&x[run], pivot);
-            }
-            let (sum, squares) = (distances.sum.total(), distances.squares.total());
-            let mean = pivot.unwrap_or(0.0) + sum / m;
-            return Pair([mean], [spread(sum, squares, m)]);
-        }
-        if remove_mean {
-            // With the first value taken off, the mean of a constant channel is exactly its value.
-            let mut pivot = None;
-            let mut sum = Sum::new();
-            for (run, _) in self.runs(tile) {
-                let pivot = *pivot.get_or_insert(x[run.start].to_f64());
-                sum.add(&x[run], |x| x - pivot);
-            }
-            mean = pivot.unwrap_or(0.0) + sum.total() / m;
-        }
-        let mut squares = Sum::new();
-        for (run, _) in self.runs(tile) {
-            squares.add(&x[run], |x| (x - mean) * (x - mean));
-        }
-        Pair([mean], [squares.total()])
+        let (mean, squares) = moments(runs, m, remove_mean);
+        Pair([mean], [squares])
     }
 
     #[inline(always)]
@@ -134,7 +110,8 @@ impl Summing for Planes {
         for (run, _) in self.runs(tile) {
             sums.add::<T, M>(&tensors.run(run, channel), &channel.0, mean);
         }
-        Pair([sums.g.total()], [sums.gx.total()])
+        let (g, gx) = sums.totals();
+        Pair([g], [gx])
     }
 
     #[inline(always)]

@@ -4,10 +4,10 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::convert::Element;
-use super::element::{write_y, Channel, Channels, Slice};
 use super::Backward;
 use crate::ops::batch_norm::Activation;
+use crate::ops::loops::convert::Element;
+use crate::ops::loops::element::{write_y, Channel, Channels, Slice};
 use crate::ops::max_pool2d::windows::Windows;
 use crate::ops::output::{written, Parts};
 

@@ -2,10 +2,10 @@
 
 use std::ops::Range;
 
-use super::convert::Real;
-use super::element::Channel;
 use super::passes::{Summing, Tiling};
 use super::{Params, Spec};
+use crate::ops::loops::convert::Real;
+use crate::ops::loops::element::Channel;
 
 pub(super) struct Pair<R>(pub R, pub R);
 

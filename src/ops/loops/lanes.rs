@@ -8,7 +8,7 @@ use super::element::{Channel, Mask, Slice};
 const LANES: usize = 128;
 
 /// A sum in `f64`, added up in a fixed order.
-pub(super) struct Sum([f64; LANES]);
+struct Sum([f64; LANES]);
 
 impl Sum {
     #[inline(always)]
@@ -44,9 +44,9 @@ impl Sum {
 }
 
 /// `Σd` and `Σd²` of the distances `d` from a pivot.
-pub(super) struct Distances {
-    pub sum: Sum,
-    pub squares: Sum,
+struct Distances {
+    sum: Sum,
+    squares: Sum,
 }
 
 impl Distances {
@@ -80,7 +80,7 @@ impl Distances {
 /// No value is further from the mean than √m standard deviations, the pivot neither: the difference
 /// loses no more than the digits of m.
 #[inline(always)]
-pub(super) fn spread(sum: f64, squares: f64, m: f64) -> f64 {
+pub(crate) fn spread(sum: f64, squares: f64, m: f64) -> f64 {
     let spread = squares - sum * sum / m;
     // A NaN stays.
     if spread < 0.0 {
@@ -90,10 +90,46 @@ pub(super) fn spread(sum: f64, squares: f64, m: f64) -> f64 {
     }
 }
 
+/// Mean (0 without `remove_mean`) of `m` values and the sum of squares around it. `runs` gives the slices
+/// that they stand in, again with each call.
+#[inline(always)]
+pub(crate) fn moments<'a, T: Element, I: Iterator<Item = &'a [T]>>(
+    runs: impl Fn() -> I,
+    m: f64,
+    remove_mean: bool,
+) -> (f64, f64) {
+    // With the first value taken off, the mean of constant values is exactly their value.
+    let first = || runs().next().map_or(0.0, |run| run[0].to_f64());
+    if T::SQUARES_FIT && remove_mean {
+        let (pivot, mut distances) = (first(), Distances::new());
+        runs().for_each(
+            #[inline(always)]
+            |run| distances.add(run, pivot),
+        );
+        let (sum, squares) = (distances.sum.total(), distances.squares.total());
+        return (pivot + sum / m, spread(sum, squares, m));
+    }
+    let mut mean = 0.0;
+    if remove_mean {
+        let (pivot, mut sum) = (first(), Sum::new());
+        runs().for_each(
+            #[inline(always)]
+            |run| sum.add(run, |x| x - pivot),
+        );
+        mean = pivot + sum.total() / m;
+    }
+    let mut squares = Sum::new();
+    runs().for_each(
+        #[inline(always)]
+        |run| squares.add(run, |x| (x - mean) * (x - mean)),
+    );
+    (mean, squares.total())
+}
+
 /// `Σg` and `Σ(g·(x - mean))`.
-pub(super) struct GradSums {
-    pub g: Sum,
-    pub gx: Sum,
+pub(crate) struct GradSums {
+    g: Sum,
+    gx: Sum,
 }
 
 impl GradSums {
@@ -103,6 +139,11 @@ impl GradSums {
             g: Sum::new(),
             gx: Sum::new(),
         }
+    }
+
+    #[inline(always)]
+    pub fn totals(self) -> (f64, f64) {
+        (self.g.total(), self.gx.total())
     }
 
     /// Adds the values of a slice of one channel.

@@ -4,7 +4,7 @@ use crate::ops::parallel::{for_each, is_parallel, map, threads};
 
 /// Which values a piece of work is about: a part of those of a group of channels.
 #[derive(Clone, Copy)]
-pub(super) struct Tile {
+pub(crate) struct Tile {
     pub group: usize,
     pub part: usize,
 }
@@ -12,7 +12,7 @@ pub(super) struct Tile {
 /// A tensor's groups of channels, and the parts of each. It depends on the shape alone, and sums are
 /// merged part by part, so that results do not depend on the number of threads.
 #[derive(Clone, Copy)]
-pub(super) struct Division {
+pub(crate) struct Division {
     pub groups: usize,
     pub parts: usize,
     /// In the whole tensor.
@@ -20,7 +20,7 @@ pub(super) struct Division {
 }
 
 /// Values of a part, about: few enough for a core's own caches, enough to make the merging cheap.
-pub(super) const PART: usize = 1 << 13;
+pub(crate) const PART: usize = 1 << 13;
 
 /// So many groups for each thread keep all of them busy to the end.
 const GROUPS_PER_THREAD: usize = 4;

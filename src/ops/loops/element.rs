@@ -4,14 +4,14 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::convert::{Element, Real};
-use crate::ops::batch_norm::Activation;
+use crate::ops::Activation;
 
 /// How a channel is normalised: `y = ((x - hi) - lo)·scale + shift`.
 ///
 /// `hi + lo` is the mean as two numbers, so that `x - mean` is right to the last bit of the
 /// dtype however far the mean is from zero; `scale = weight·rstd` and `shift = bias`.
 #[derive(Clone, Copy)]
-pub(super) struct Channel<A> {
+pub(crate) struct Channel<A> {
     pub hi: A,
     pub lo: A,
     pub scale: A,
@@ -45,7 +45,7 @@ impl<A: Real> Channel<A> {
 /// What a channel needs for `dx = scale·(g - mean_g - (x - mean)·slope)`, where `g` is the masked
 /// `dy`, `mean_g = Σg / m` and `slope = rstd²·Σ(g·(x - mean)) / m`.
 #[derive(Clone, Copy)]
-pub(super) struct ChannelGrad<A> {
+pub(crate) struct ChannelGrad<A> {
     pub mean_g: A,
     pub slope: A,
 }
@@ -58,7 +58,7 @@ impl<A: Real> ChannelGrad<A> {
 }
 
 /// What belongs to the channel of each value of a slice: the same for a plane, one each for a row.
-pub(super) trait Channels<C>: Copy {
+pub(crate) trait Channels<C>: Copy {
     /// Those of a part of the values: with this before a loop, the compiler knows their number.
     fn part(self, range: Range<usize>) -> Self;
     fn at(&self, index: usize) -> C;
@@ -66,7 +66,7 @@ pub(super) trait Channels<C>: Copy {
 
 /// A plane: all of its values belong to one channel.
 #[derive(Clone, Copy)]
-pub(super) struct Same<C>(pub C);
+pub(crate) struct Same<C>(pub C);
 
 impl<C: Copy> Channels<C> for Same<C> {
     #[inline(always)]
@@ -102,7 +102,7 @@ fn chunks<T: Element>(len: usize) -> impl Iterator<Item = Range<usize>> {
 
 /// Writes `y` for one slice: `activation(normalise(x) + residual)`.
 #[inline(always)]
-pub(super) fn write_y<T: Element>(
+pub(crate) fn write_y<T: Element>(
     y: &mut [MaybeUninit<T>],
     x: &[T],
     residual: Option<&[T]>,
@@ -130,7 +130,7 @@ pub(super) fn write_y<T: Element>(
 }
 
 /// `dy` behind the activation, `g`: zero where the ReLU cut off.
-pub(super) trait Mask<T: Element>: Copy + Send + Sync {
+pub(crate) trait Mask<T: Element>: Copy + Send + Sync {
     /// Whether it is read from `y`, which otherwise is not asked for.
     const READS_Y: bool;
     fn g(x: T::Real, dy: T::Real, y: impl Fn() -> T::Real, channel: &Channel<T::Real>) -> T::Real;
@@ -138,15 +138,15 @@ pub(super) trait Mask<T: Element>: Copy + Send + Sync {
 
 /// No activation.
 #[derive(Clone, Copy)]
-pub(super) struct NoMask;
+pub(crate) struct NoMask;
 
 /// The mask computed from `x` in the steps of the forward pass, down to the rounding to the dtype.
 #[derive(Clone, Copy)]
-pub(super) struct FromInput;
+pub(crate) struct FromInput;
 
 /// The mask read from `y`: where a residual took part in it.
 #[derive(Clone, Copy)]
-pub(super) struct FromOutput;
+pub(crate) struct FromOutput;
 
 impl<T: Element> Mask<T> for NoMask {
     const READS_Y: bool = false;
@@ -184,7 +184,7 @@ fn cut<A: Real>(y: A, zero: A, dy: A) -> A {
 
 /// One slice of the tensors that the backward pass reads, all of the same length.
 #[derive(Clone, Copy)]
-pub(super) struct Slice<'a, T> {
+pub(crate) struct Slice<'a, T> {
     pub x: &'a [T],
     pub dy: &'a [T],
     /// `x` again where no mask is read from the output.
