@@ -6,24 +6,15 @@ use crate::ops::slices::check_float;
 
 pub(crate) use crate::dims::Dims;
 
-/// Checks that `x` is something to normalise over dimension 1, and gives its sizes.
-pub(crate) fn check_input(x: &Tensor) -> Result<Dims> {
+/// Checks that `x` has channels in dimension 1, and a dtype and a device that `op` knows; gives its sizes.
+pub(crate) fn check_input(op: &str, x: &Tensor) -> Result<Dims> {
     if x.rank() < 2 {
         bail!(
-            "batch norm expects an input of at least 2 dimensions, [n, c, …], got {:?}",
+            "{op} expects an input of at least 2 dimensions, [n, c, …], got {:?}",
             x.dims()
         )
     }
-    check_float("batch norm", x)?;
-    match x.device() {
-        Device::Cpu => {}
-        Device::Cuda(_) if cfg!(feature = "cuda") => {}
-        Device::Cuda(_) => bail!(
-            "batch norm got a CUDA tensor, but candle-batch-norm was built without its feature `cuda`: \
-             add features = [\"cuda\"] to the dependency"
-        ),
-        Device::Metal(_) => bail!("batch norm has no Metal implementation: move the input to the CPU"),
-    }
+    check_values(op, x)?;
     let dims = x.dims();
     Ok(Dims {
         n: dims[0],
@@ -32,37 +23,75 @@ pub(crate) fn check_input(x: &Tensor) -> Result<Dims> {
     })
 }
 
-/// Checks a tensor with one value per channel (`what` names it in errors) against the input.
-pub(crate) fn check_per_channel(
+/// Checks that `x` has a dtype and a device that `op` knows.
+pub(crate) fn check_values(op: &str, x: &Tensor) -> Result<()> {
+    check_float(op, x)?;
+    match x.device() {
+        Device::Cpu => Ok(()),
+        Device::Cuda(_) if cfg!(feature = "cuda") => Ok(()),
+        Device::Cuda(_) => bail!(
+            "{op} got a CUDA tensor, but candle-batch-norm was built without its feature `cuda`: \
+             add features = [\"cuda\"] to the dependency"
+        ),
+        Device::Metal(_) => bail!("{op} has no Metal implementation: move the input to the CPU"),
+    }
+}
+
+/// Checks a tensor of a given shape (`what` names it in errors) that belongs to the input.
+pub(crate) fn check_parameter(
+    op: &str,
     what: &str,
     t: &Tensor,
+    shape: &[usize],
     x: &Tensor,
     dtypes: &[DType],
 ) -> Result<()> {
-    let c = x.dims()[1];
-    if t.dims() != [c] {
+    if t.dims() != shape {
         bail!(
-            "batch norm expects {what} of shape [{c}] for an input of shape {:?}, got {:?}",
+            "{op} expects {what} of shape {shape:?} for an input of shape {:?}, got {:?}",
             x.dims(),
             t.dims()
         )
     }
     if !dtypes.contains(&t.dtype()) {
         bail!(
-            "batch norm expects {what} of dtype {} for an input of dtype {:?}, got {:?}",
+            "{op} expects {what} of dtype {} for an input of dtype {:?}, got {:?}",
             list(dtypes),
             x.dtype(),
             t.dtype()
         )
     }
-    check_device(what, t, x)
+    check_device(op, what, t, x)
+}
+
+/// Checks the learned parameters, as far as there are any: in the input's dtype, or in F32 beside half precision.
+pub(crate) fn check_parameters(
+    op: &str,
+    weight: Option<&Tensor>,
+    bias: Option<&Tensor>,
+    shape: &[usize],
+    x: &Tensor,
+) -> Result<()> {
+    let dtypes = match x.dtype() {
+        half @ (DType::F16 | DType::BF16) => vec![DType::F32, half],
+        dtype => vec![dtype],
+    };
+    for (what, parameter) in [("a weight", weight), ("a bias", bias)] {
+        if let Some(parameter) = parameter {
+            check_parameter(op, what, parameter, shape, x, &dtypes)?;
+        }
+    }
+    match (weight, bias) {
+        (Some(weight), Some(bias)) => check_one_dtype(op, "weight and bias", weight, bias),
+        _ => Ok(()),
+    }
 }
 
 /// Checks two tensors that a kernel reads alike (`what` names them in errors).
-pub(crate) fn check_one_dtype(what: &str, a: &Tensor, b: &Tensor) -> Result<()> {
+pub(crate) fn check_one_dtype(op: &str, what: &str, a: &Tensor, b: &Tensor) -> Result<()> {
     if a.dtype() != b.dtype() {
         bail!(
-            "batch norm expects {what} of one dtype, got {:?} and {:?}",
+            "{op} expects {what} of one dtype, got {:?} and {:?}",
             a.dtype(),
             b.dtype()
         )
@@ -81,13 +110,13 @@ pub(crate) fn check_like(what: &str, t: &Tensor, like: &str, x: &Tensor) -> Resu
             t.dtype()
         )
     }
-    check_device(what, t, x)
+    check_device("batch norm", what, t, x)
 }
 
-fn check_device(what: &str, t: &Tensor, x: &Tensor) -> Result<()> {
+fn check_device(op: &str, what: &str, t: &Tensor, x: &Tensor) -> Result<()> {
     if !t.device().same_device(x.device()) {
         bail!(
-            "batch norm expects {what} on the input's device, {:?}, got {:?}",
+            "{op} expects {what} on the input's device, {:?}, got {:?}",
             x.device().location(),
             t.device().location()
         )

@@ -5,11 +5,18 @@ mod batch_norm;
 mod config;
 mod conv2d;
 mod convert;
+mod group_norm;
+mod instance_norm;
+mod layer_norm;
 mod linear;
+mod parameters;
 mod regularise;
 
 pub use batch_norm::{batch_norm, BatchNorm};
 pub use config::{BatchNormConfig, Freeze, InitialValues, RenormSchedule};
 pub use conv2d::{conv2d, conv2d_no_bias, Conv2d};
+pub use group_norm::{group_norm, GroupNorm, GroupNormConfig};
+pub use instance_norm::{instance_norm, InstanceNorm, InstanceNormConfig};
+pub use layer_norm::{layer_norm, rms_norm, LayerNorm, LayerNormConfig, RmsNorm};
 pub use linear::{linear, linear_no_bias, Linear};
 pub use regularise::{Constraint, Penalty};

@@ -11,6 +11,7 @@ mod max_pool2d;
 mod output;
 mod parallel;
 mod relu;
+mod row_norm;
 pub(crate) mod slices;
 mod weighted;
 
@@ -27,3 +28,4 @@ pub use cross_entropy::cross_entropy;
 pub use linear::linear;
 pub use max_pool2d::max_pool2d;
 pub use relu::relu;
+pub use row_norm::{group_norm, instance_norm, layer_norm, rms_norm, RowNormArgs};

@@ -3,6 +3,23 @@
 use candle_core::op::BackpropOp;
 use candle_core::{bail, CpuStorage, DType, Layout, Result, Shape, Storage, Tensor, WithDType};
 
+/// Calls a function that is generic over the dtype of a tensor.
+macro_rules! dispatch {
+    ($op:expr, $dtype:expr, $f:ident($($arg:expr),*)) => {
+        match $dtype {
+            candle_core::DType::F32 => $f::<f32>($($arg),*),
+            candle_core::DType::F64 => $f::<f64>($($arg),*),
+            candle_core::DType::F16 => $f::<half::f16>($($arg),*),
+            candle_core::DType::BF16 => $f::<half::bf16>($($arg),*),
+            dtype => candle_core::bail!(
+                "{} expects a tensor of dtype F32, F64, F16 or BF16, got {dtype:?}",
+                $op
+            ),
+        }
+    };
+}
+pub(super) use dispatch;
+
 /// The values of a contiguous tensor, from its offset on.
 pub(super) fn values<'a, T: WithDType>(
     op: &str,
@@ -31,6 +48,24 @@ pub(super) fn with_values<T: WithDType, R>(
     }
 }
 
+/// The storage of a CPU tensor.
+pub(super) fn cpu_storage<'a>(op: &str, storage: &'a Storage) -> Result<&'a CpuStorage> {
+    match storage {
+        Storage::Cpu(storage) => Ok(storage),
+        _ => bail!("{op} expects all of its tensors on the CPU"),
+    }
+}
+
+/// The values of a small contiguous tensor of any of the floating-point dtypes.
+pub(super) fn to_f64(op: &str, storage: &CpuStorage, layout: &Layout) -> Result<Vec<f64>> {
+    use candle_core::backend::BackendStorage;
+    fn of<T: WithDType>(op: &str, storage: &CpuStorage, layout: &Layout) -> Result<Vec<f64>> {
+        let values = values::<T>(op, storage, layout)?;
+        Ok(values.iter().map(|value| value.to_f64()).collect())
+    }
+    dispatch!(op, storage.dtype(), of(op, storage, layout))
+}
+
 /// A tensor that autograd knows nothing of.
 pub(super) fn tensor<T: WithDType>(values: Vec<T>, shape: &Shape) -> Tensor {
     let storage = Storage::Cpu(T::to_cpu_storage_owned(values));
@@ -52,23 +87,6 @@ pub(crate) fn computed_in(dtype: DType) -> DType {
         dtype => dtype,
     }
 }
-
-/// Calls a function that is generic over the dtype of a tensor.
-macro_rules! dispatch {
-    ($op:expr, $dtype:expr, $f:ident($($arg:expr),*)) => {
-        match $dtype {
-            candle_core::DType::F32 => $f::<f32>($($arg),*),
-            candle_core::DType::F64 => $f::<f64>($($arg),*),
-            candle_core::DType::F16 => $f::<half::f16>($($arg),*),
-            candle_core::DType::BF16 => $f::<half::bf16>($($arg),*),
-            dtype => candle_core::bail!(
-                "{} expects a tensor of dtype F32, F64, F16 or BF16, got {dtype:?}",
-                $op
-            ),
-        }
-    };
-}
-pub(super) use dispatch;
 
 /// Runs loops with the widest registers that the machine has. `f` has to be inlined into it.
 #[inline(always)]

@@ -1,6 +1,8 @@
 //! What the tests share: devices, data, and batch norm in `f64` by its closed forms.
 #![allow(dead_code)] // each test binary uses its own part
 
+pub mod rows;
+
 use candle_core::{DType, Device, Result, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;

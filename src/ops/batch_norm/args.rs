@@ -1,11 +1,12 @@
 //! The optional arguments of batch norm, and what they have to be.
 
-use candle_core::{bail, DType, Result, Tensor};
+use candle_core::{bail, Result, Tensor};
 
+use super::NAME;
 use crate::ops::loops::PLANE;
 use crate::ops::max_pool2d::check_windows;
 use crate::ops::max_pool2d::windows::Windows;
-use crate::shape::{check_input, check_like, check_one_dtype, check_per_channel, Dims};
+use crate::shape::{check_input, check_like, check_parameters, Dims};
 
 /// What is applied to the normalised values, in the same pass.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -122,19 +123,8 @@ pub(super) fn check_training(x: &Tensor, args: &BatchNormArgs) -> Result<Dims> {
 
 /// What training and inference ask of their arguments alike.
 pub(super) fn check(x: &Tensor, args: &BatchNormArgs) -> Result<Dims> {
-    let dims = check_input(x)?;
-    let dtypes = match x.dtype() {
-        half @ (DType::F16 | DType::BF16) => vec![DType::F32, half],
-        dtype => vec![dtype],
-    };
-    for (what, parameter) in [("a weight", args.weight), ("a bias", args.bias)] {
-        if let Some(parameter) = parameter {
-            check_per_channel(what, parameter, x, &dtypes)?;
-        }
-    }
-    if let (Some(weight), Some(bias)) = (args.weight, args.bias) {
-        check_one_dtype("weight and bias", weight, bias)?;
-    }
+    let dims = check_input(NAME, x)?;
+    check_parameters(NAME, args.weight, args.bias, &[dims.c], x)?;
     if let Some(residual) = args.residual {
         check_like("a residual", residual, "the input", x)?;
     }

@@ -1,11 +1,11 @@
 //! From candle's CPU storages to slices and back.
 
-use candle_core::{bail, CpuStorage, Device, Layout, Result, Storage, Tensor, WithDType};
+use candle_core::{CpuStorage, Device, Result, Tensor, WithDType};
 
 use super::cpu::{self, Backward, Element, Forward};
 use super::op::{BackwardTensors, BatchNormOp, Operand, Operands, TensorGrads};
 use super::{Spec, Wants, NAME};
-use crate::ops::slices::{self, dispatch};
+use crate::ops::slices::{self, cpu_storage, dispatch};
 
 /// A dtype of candle's that the loops can work on.
 trait HostElement: Element + WithDType {}
@@ -34,8 +34,8 @@ fn forward_as<T: HostElement>(
     let given = match &given {
         None => None,
         Some([mean, var]) => Some([
-            per_channel(&(cpu_storage(&mean.0)?, mean.1.clone()))?,
-            per_channel(&(cpu_storage(&var.0)?, var.1.clone()))?,
+            slices::to_f64(NAME, cpu_storage(NAME, &mean.0)?, mean.1)?,
+            slices::to_f64(NAME, cpu_storage(NAME, &var.0)?, var.1)?,
         ]),
     };
     let (y, stats) = cpu::forward(&Forward {
@@ -76,24 +76,24 @@ fn backward_as<T: HostElement>(
 ) -> Result<TensorGrads> {
     let args = tensors.args.map(Tensor::storage_and_layout);
     let operands = op.operands([
-        (cpu_storage(&args[0].0)?, args[0].1),
-        (cpu_storage(&args[1].0)?, args[1].1),
-        (cpu_storage(&args[2].0)?, args[2].1),
+        (cpu_storage(NAME, &args[0].0)?, args[0].1),
+        (cpu_storage(NAME, &args[1].0)?, args[1].1),
+        (cpu_storage(NAME, &args[2].0)?, args[2].1),
     ])?;
     let (dy, dy_layout) = tensors.dy.storage_and_layout();
     let (saved, saved_layout) = tensors.saved.storage_and_layout();
     let y = tensors.y.map(Tensor::storage_and_layout);
     let y = match &y {
         None => None,
-        Some((y, layout)) => Some((cpu_storage(y)?, (*layout).clone())),
+        Some((y, layout)) => Some((cpu_storage(NAME, y)?, (*layout).clone())),
     };
     let grads = cpu::backward(&Backward {
         spec: &op.spec,
         x: values::<T>(&operands.x)?,
-        dy: values::<T>(&(cpu_storage(&dy)?, dy_layout.clone()))?,
+        dy: values::<T>(&(cpu_storage(NAME, &dy)?, dy_layout.clone()))?,
         y: y.as_ref().map(values::<T>).transpose()?,
         params: params(&operands, op.spec.dims.c)?,
-        saved: values::<f64>(&(cpu_storage(&saved)?, saved_layout.clone()))?,
+        saved: values::<f64>(&(cpu_storage(NAME, &saved)?, saved_layout.clone()))?,
         wants,
     });
     let like_x = |values| slices::tensor(values, args[0].1.shape());
@@ -112,17 +112,10 @@ fn backward_as<T: HostElement>(
     })
 }
 
-fn cpu_storage(storage: &Storage) -> Result<&CpuStorage> {
-    match storage {
-        Storage::Cpu(storage) => Ok(storage),
-        _ => bail!("batch norm expects all of its tensors on the CPU"),
-    }
-}
-
 fn params(operands: &Operands<CpuStorage>, c: usize) -> Result<cpu::Params> {
     let resolve = |operand: &Option<Operand<CpuStorage>>, absent: f64| match operand {
         None => Ok(vec![absent; c]),
-        Some(operand) => per_channel(operand),
+        Some(operand) => slices::to_f64(NAME, operand.0, &operand.1),
     };
     Ok(cpu::Params {
         weight: resolve(&operands.weight, 1.0)?,
@@ -133,15 +126,4 @@ fn params(operands: &Operands<CpuStorage>, c: usize) -> Result<cpu::Params> {
 /// The values of a contiguous tensor, from its offset on.
 fn values<'a, T: WithDType>((storage, layout): &Operand<'a, CpuStorage>) -> Result<&'a [T]> {
     slices::values(NAME, storage, layout)
-}
-
-/// One value per channel, from any of the floating-point dtypes.
-fn per_channel((storage, layout): &Operand<CpuStorage>) -> Result<Vec<f64>> {
-    use candle_core::backend::BackendStorage;
-    dispatch!(NAME, storage.dtype(), per_channel_as(storage, layout))
-}
-
-fn per_channel_as<T: WithDType>(storage: &CpuStorage, layout: &Layout) -> Result<Vec<f64>> {
-    let values = slices::values::<T>(NAME, storage, layout)?;
-    Ok(values.iter().map(|value| value.to_f64()).collect())
 }

@@ -17,7 +17,7 @@ use candle_core::{bail, DType, Result, Tensor};
 
 use crate::ops::max_pool2d::max_pool2d;
 use crate::ops::max_pool2d::windows::Windows;
-use crate::shape::{check_one_dtype, check_per_channel, Dims, Order};
+use crate::shape::{check_one_dtype, check_parameter, Dims, Order};
 use args::{check, check_training, Pooling};
 pub use args::{Activation, BatchNormArgs};
 use op::{BatchNormOp, Slots};
@@ -205,9 +205,10 @@ pub fn batch_norm_inference(
 ) -> Result<Tensor> {
     let dims = check(x, args)?;
     let dtypes = [DType::F32, DType::F64, x.dtype()];
-    check_per_channel("a mean", mean, x, &dtypes)?;
-    check_per_channel("a variance", var, x, &dtypes)?;
-    check_one_dtype("mean and variance", mean, var)?;
+    for (what, given) in [("a mean", mean), ("a variance", var)] {
+        check_parameter(NAME, what, given, &[dims.c], x, &dtypes)?;
+    }
+    check_one_dtype(NAME, "mean and variance", mean, var)?;
     if args.eps.is_nan() || args.eps < 0.0 {
         bail!("batch norm expects eps >= 0, got {}", args.eps)
     }

@@ -4,10 +4,10 @@ use candle_core::{bail, DType, Result, Tensor};
 
 use super::{
     apply, batch_norm_train, batch_stats, check_training, of_nothing, BatchNormArgs, BatchStats,
-    Normalise,
+    Normalise, NAME,
 };
 use crate::ops::slices::computed_in;
-use crate::shape::check_per_channel;
+use crate::shape::check_parameter;
 
 /// How far batch renormalisation may go from the batch's own statistics.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -90,7 +90,7 @@ pub fn batch_renorm_train(
         ("a running_mean", running_mean),
         ("a running_var", running_var),
     ] {
-        check_per_channel(what, running, x, &[DType::F32, DType::F64])?;
+        check_parameter(NAME, what, running, &[dims.c], x, &[DType::F32, DType::F64])?;
     }
     limits.check()?;
     if !args.remove_mean {

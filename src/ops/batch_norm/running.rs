@@ -14,12 +14,12 @@ pub struct BatchStats {
 }
 
 impl BatchStats {
-    pub(super) fn new(stats: Tensor, count: usize) -> Self {
+    pub(crate) fn new(stats: Tensor, count: usize) -> Self {
         Self { stats, count }
     }
 
     /// What there is to say of an empty batch: NaN, over 0 values.
-    pub(super) fn of_nothing(x: &Tensor) -> Result<Self> {
+    pub(crate) fn of_nothing(x: &Tensor) -> Result<Self> {
         let stats = Tensor::full(f64::NAN, (2, x.dims()[1]), x.device())?;
         Ok(Self::new(stats, 0))
     }

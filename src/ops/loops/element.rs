@@ -80,6 +80,19 @@ impl<C: Copy> Channels<C> for Same<C> {
     }
 }
 
+/// Something of its own for each value.
+impl<C: Copy> Channels<C> for &[C] {
+    #[inline(always)]
+    fn part(self, range: Range<usize>) -> Self {
+        &self[range]
+    }
+
+    #[inline(always)]
+    fn at(&self, index: usize) -> C {
+        self[index]
+    }
+}
+
 /// The rectifier, which lets NaN through: a NaN in is a NaN out, as in PyTorch.
 #[inline(always)]
 fn relu<A: Real>(v: A) -> A {
@@ -221,7 +234,7 @@ impl<'a, T: Element> Slice<'a, T> {
 
     /// Writes `value(x, g, channel, grad)` for every value of the slice.
     #[inline(always)]
-    fn write<M: Mask<T>, G>(
+    pub fn write<M: Mask<T>, G>(
         &self,
         out: &mut [MaybeUninit<T>],
         channels: impl Channels<Channel<T::Real>>,

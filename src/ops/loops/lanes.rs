@@ -1,7 +1,7 @@
 //! Sums over slices, side by side in lanes.
 
 use super::convert::{Element, Real};
-use super::element::{Channel, Mask, Slice};
+use super::element::{Channel, Channels, Mask, Slice};
 
 /// As many sums as make loops over them worth while: these stay in memory, and the loops, whose
 /// length the compiler does not know, in the widest registers.
@@ -146,24 +146,29 @@ impl GradSums {
         (self.g.total(), self.gx.total())
     }
 
-    /// Adds the values of a slice of one channel.
+    /// Adds the values of a slice, each `g` by way of `weigh` and its weight.
     #[inline(always)]
-    pub fn add<T: Element, M: Mask<T>>(
+    pub fn add<T: Element, M: Mask<T>, W>(
         &mut self,
         slice: &Slice<T>,
-        channel: &Channel<T::Real>,
+        channels: impl Channels<Channel<T::Real>>,
+        weights: impl Channels<W>,
         mean: f64,
+        weigh: impl Fn(f64, W) -> f64,
     ) {
         let mut rooms = [T::ROOM; 3];
         for start in (0..slice.x.len()).step_by(LANES) {
-            let len = LANES.min(slice.x.len() - start);
-            let values = slice.part(start..start + len);
+            let range = start..slice.x.len().min(start + LANES);
+            let (channels, weights) = (channels.part(range.clone()), weights.part(range.clone()));
+            let len = range.len();
+            let values = slice.part(range);
             let load = values.load::<M>(&mut rooms);
             let (gs, gxs) = (&mut self.g.0[..len], &mut self.gx.0[..len]);
             for i in 0..len {
-                let (x, g) = load(i, channel);
-                gs[i] += g.to_f64();
-                gxs[i] += g.to_f64() * (x.to_f64() - mean);
+                let (x, g) = load(i, &channels.at(i));
+                let g = weigh(g.to_f64(), weights.at(i));
+                gs[i] += g;
+                gxs[i] += g * (x.to_f64() - mean);
             }
         }
     }

@@ -108,7 +108,8 @@ impl Summing for Planes {
         let (channel, mean) = (self.at(channels, 0), channels.mean[0]);
         let mut sums = GradSums::new();
         for (run, _) in self.runs(tile) {
-            sums.add::<T, M>(&tensors.run(run, channel), &channel.0, mean);
+            let slice = tensors.run(run, channel);
+            sums.add::<T, M, _>(&slice, channel, Same(()), mean, |g, ()| g);
         }
         let (g, gx) = sums.totals();
         Pair([g], [gx])

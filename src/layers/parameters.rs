@@ -1,0 +1,52 @@
+//! The learned parameters of a norm, from a `VarBuilder`.
+
+use candle_core::{bail, DType, Result, Shape, Tensor};
+use candle_nn::{Init, VarBuilder};
+
+/// Weight (ones) and bias (zeros) by these names, as far as they are wanted.
+pub(super) fn parameters(
+    layer: &str,
+    shape: &Shape,
+    [weight, bias]: [bool; 2],
+    vb: &VarBuilder,
+) -> Result<(Option<Tensor>, Option<Tensor>)> {
+    check_dtype(layer, vb)?;
+    let get = |wanted: bool, name, init| match wanted {
+        true => vb
+            .get_with_hints(shape.clone(), name, Init::Const(init))
+            .map(Some),
+        false => Ok(None),
+    };
+    Ok((get(weight, "weight", 1.0)?, get(bias, "bias", 0.0)?))
+}
+
+/// Checks that the variables of `vb` are something to compute with.
+pub(super) fn check_dtype(layer: &str, vb: &VarBuilder) -> Result<()> {
+    match vb.dtype() {
+        DType::F32 | DType::F64 | DType::F16 | DType::BF16 => Ok(()),
+        dtype => {
+            bail!("{layer} expects a VarBuilder of dtype F32, F64, F16 or BF16, got {dtype:?}")
+        }
+    }
+}
+
+/// A variable of running statistics: in half precision it would neither move by small steps nor hold a
+/// variance above 65504.
+pub(super) fn statistics(
+    layer: &str,
+    num_features: usize,
+    name: &str,
+    init: f64,
+    vb: &VarBuilder,
+) -> Result<Tensor> {
+    let dtype = match vb.dtype() {
+        DType::F64 => DType::F64,
+        _ => DType::F32,
+    };
+    let t = vb.get_with_hints_dtype(num_features, name, Init::Const(init), dtype)?;
+    // A `VarMap` gives what it holds, whatever the dtype.
+    match t.dtype() {
+        DType::F32 | DType::F64 => Ok(t),
+        held => bail!("{layer} expects a {name} of dtype F32 or F64, got {held:?}"),
+    }
+}

@@ -1,0 +1,293 @@
+//! The backward pass over contiguous rows.
+
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+use super::affine::{Affine, ByPlane, ByValue, Row, RowGrad};
+use super::blocks::Blocks;
+use super::{Backward, Grads, Spec};
+use crate::ops::loops::convert::{Element, Real};
+use crate::ops::loops::element::{Channels, Mask, Same, Slice};
+use crate::ops::loops::lanes::GradSums;
+use crate::ops::loops::sweep::PART;
+use crate::ops::output::{Output, Parts};
+use crate::ops::parallel;
+use crate::ops::slices::vectorised;
+
+/// `Σh` and `Σ(h·(x - mean))` of values of a row, `h = weight·g`.
+type Sums = (f64, f64);
+
+/// What a plane adds to the gradients of its channel's parameters.
+#[derive(Clone, Copy)]
+pub(super) struct PlaneSums {
+    channel: usize,
+    dweight: f64,
+    dbias: f64,
+}
+
+/// The rows, from what the forward pass saved.
+pub(super) fn saved_rows<A: Real>(spec: &Spec, saved: &[f64]) -> Vec<Row<A>> {
+    let (means, vars) = saved.split_at(spec.rows.rows());
+    let rows = means.iter().zip(vars);
+    rows.map(|(&mean, &var)| Row::new(spec, mean, var))
+        .collect()
+}
+
+/// The backward pass where weight and bias belong to whole planes.
+pub(super) fn planes<T: Element, M: Mask<T>>(job: &Backward<T>, affine: &ByPlane) -> Grads<T> {
+    let spec = job.spec;
+    let (sample, len) = (spec.rows.c * spec.rows.s, spec.rows.len());
+    let rows = saved_rows(spec, job.saved);
+    let mut dx = job.wants.dx.then(|| Output::new(job.x.len()));
+    let dx_parts = dx.as_mut().map(Output::parts);
+    let blocks = Blocks::new(spec.rows);
+    let groups = blocks.division().sweep(
+        |tile| {
+            vectorised(
+                #[inline(always)]
+                || {
+                    let mut planes = Vec::new();
+                    let sums = |run: Range<usize>| {
+                        let row = &rows[run.start / len];
+                        let start = run.start % sample;
+                        plane_sums::<T, M>(affine, row, start, &slice(job, run), &mut planes)
+                    };
+                    let sums: Vec<_> = blocks.runs(tile).map(sums).collect();
+                    (sums, planes)
+                },
+            )
+        },
+        |_, parts: &[(Vec<Sums>, Vec<PlaneSums>)]| {
+            let sum = |row: usize| {
+                let sums = parts.iter().map(|(sums, _)| sums[row]);
+                sums.fold((0.0, 0.0), |sum, part| (sum.0 + part.0, sum.1 + part.1))
+            };
+            let sums: Vec<_> = (0..parts[0].0.len()).map(sum).collect();
+            let planes: Vec<_> = parts
+                .iter()
+                .flat_map(|(_, planes)| planes.clone())
+                .collect();
+            (sums, planes)
+        },
+        |tile, (sums, _)| {
+            let Some(parts) = dx_parts else { return };
+            vectorised(
+                #[inline(always)]
+                || {
+                    for (run, sums) in blocks.runs(tile).zip(sums) {
+                        let row = &rows[run.start / len];
+                        // SAFETY: no two runs of any two tiles overlap.
+                        let dx = unsafe { parts.part(run.clone()) };
+                        let start = run.start % sample;
+                        write_dx::<T, M, _>(spec, affine, row, *sums, start, &slice(job, run), dx);
+                    }
+                },
+            )
+        },
+    );
+    let planes = groups.iter().flat_map(|(_, planes)| planes);
+    Grads {
+        // SAFETY: the runs of all tiles make up the whole tensor.
+        dx: dx.map(|dx| unsafe { dx.finish() }),
+        dparams: job.wants.dparams.then(|| by_channel(spec, planes)),
+    }
+}
+
+/// `[2, c]` from all planes, in their order.
+pub(super) fn by_channel<'a>(spec: &Spec, planes: impl Iterator<Item = &'a PlaneSums>) -> Vec<f64> {
+    let mut dparams = vec![0.0; 2 * spec.rows.c];
+    let (dweight, dbias) = dparams.split_at_mut(spec.rows.c);
+    for plane in planes {
+        dweight[plane.channel] += plane.dweight;
+        dbias[plane.channel] += plane.dbias;
+    }
+    dparams
+}
+
+/// The sums of the values of a row from `start` on, and those of its planes.
+#[inline(always)]
+pub(super) fn plane_sums<T: Element, M: Mask<T>>(
+    affine: &ByPlane,
+    row: &Row<T::Real>,
+    start: usize,
+    slice: &Slice<T>,
+    planes: &mut Vec<PlaneSums>,
+) -> Sums {
+    let mut row_sums = (0.0, 0.0);
+    for (run, channel) in affine.planes(start, slice.x.len()) {
+        let mut sums = GradSums::new();
+        let same = Same(affine.channel(row, channel));
+        sums.add::<T, M, _>(&slice.part(run), same, Same(()), row.mean, |g, ()| g);
+        let (g, gx) = sums.totals();
+        planes.push(PlaneSums {
+            channel,
+            dweight: row.rstd * gx,
+            dbias: g,
+        });
+        let weight = affine.params.weight[channel];
+        row_sums.0 += weight * g;
+        row_sums.1 += weight * gx;
+    }
+    row_sums
+}
+
+/// Writes `dx` for the values of a row from `start` on, given the sums of the whole row.
+#[inline(always)]
+pub(super) fn write_dx<T: Element, M: Mask<T>, P: Affine<T::Real>>(
+    spec: &Spec,
+    affine: &P,
+    row: &Row<T::Real>,
+    (h, hx): Sums,
+    start: usize,
+    slice: &Slice<T>,
+    dx: &mut [MaybeUninit<T>],
+) {
+    let grad = RowGrad::new(spec, row, h, hx);
+    for (run, channels) in affine.runs(row, start, slice.x.len()) {
+        let slice = slice.part(run.clone());
+        slice.write::<M, _>(
+            &mut dx[run],
+            channels,
+            Same(grad),
+            #[inline(always)]
+            |x, g, channel, grad| grad.dx(channel, x, g),
+        );
+    }
+}
+
+/// At least so many samples share the sums of the parameters' gradients, which are two `f64` for each value
+/// of a sample, if there are enough of them for several threads.
+const SAMPLES: usize = 8;
+
+/// And so many values.
+const CHUNK: usize = 1 << 15;
+
+/// The backward pass where each value of a sample has a weight and a bias of its own.
+pub(super) fn values<T: Element, M: Mask<T>>(
+    job: &Backward<T>,
+    affine: &ByValue<T::Real>,
+) -> Grads<T> {
+    let (spec, n) = (job.spec, job.spec.rows.n);
+    let sample = spec.rows.c * spec.rows.s;
+    let rows = saved_rows(spec, job.saved);
+    let mut dx = job.wants.dx.then(|| Output::new(job.x.len()));
+    let dx_parts = dx.as_mut().map(Output::parts);
+    let of_chunk = CHUNK.div_ceil(sample).max(n.div_ceil(SAMPLES).min(SAMPLES));
+    let of_block = (PART / sample).max(1);
+    let chunks = parallel::map(n.div_ceil(of_chunk), job.x.len(), |chunk| {
+        let mut sums = job.wants.dparams.then(|| vec![0.0; 2 * sample]);
+        let end = n.min((chunk + 1) * of_chunk);
+        for first in (chunk * of_chunk..end).step_by(of_block) {
+            let samples = first..end.min(first + of_block);
+            vectorised(
+                #[inline(always)]
+                || {
+                    if let Some(parts) = dx_parts {
+                        // SAFETY: no two chunks have a sample in common.
+                        unsafe { write_samples::<T, M>(job, affine, &rows, samples.clone(), parts) }
+                    }
+                    if let Some(sums) = &mut sums {
+                        add_samples::<T, M>(job, affine, &rows, samples, sums);
+                    }
+                },
+            )
+        }
+        sums
+    });
+    let mut total = vec![0.0; 2 * sample];
+    for sums in chunks.iter().flatten() {
+        for i in 0..total.len() {
+            total[i] += sums[i];
+        }
+    }
+    let dparams = || {
+        total
+            .chunks(spec.rows.s)
+            .map(|plane| plane.iter().sum())
+            .collect()
+    };
+    Grads {
+        // SAFETY: the chunks have all samples.
+        dx: dx.map(|dx| unsafe { dx.finish() }),
+        dparams: job.wants.dparams.then(dparams),
+    }
+}
+
+/// Writes `dx` of whole samples.
+///
+/// # Safety
+/// Nobody else holds the parts of these samples.
+#[inline(always)]
+unsafe fn write_samples<T: Element, M: Mask<T>>(
+    job: &Backward<T>,
+    affine: &ByValue<T::Real>,
+    rows: &[Row<T::Real>],
+    samples: Range<usize>,
+    parts: Parts<T>,
+) {
+    let (groups, len) = (job.spec.rows.groups, job.spec.rows.len());
+    for index in samples.start * groups..samples.end * groups {
+        let (row, start) = (&rows[index], index % groups * len);
+        let run = index * len..(index + 1) * len;
+        let slice = slice(job, run.clone());
+        let channels = affine.channels(row, start..start + len);
+        let mut sums = GradSums::new();
+        let weight = channels.weight;
+        sums.add::<T, M, _>(&slice, channels, weight, row.mean, |g, weight| {
+            g * weight.to_f64()
+        });
+        // SAFETY: no two rows overlap, and nobody else holds any of the samples.
+        let dx = unsafe { parts.part(run) };
+        write_dx::<T, M, _>(job.spec, affine, row, sums.totals(), start, &slice, dx);
+    }
+}
+
+/// Columns whose sums stay in registers, or close by.
+const STRIP: usize = 64;
+
+/// Adds to the sums of each value of a sample, dweight and then dbias, those of whole samples.
+#[inline(always)]
+fn add_samples<T: Element, M: Mask<T>>(
+    job: &Backward<T>,
+    affine: &ByValue<T::Real>,
+    rows: &[Row<T::Real>],
+    samples: Range<usize>,
+    sums: &mut [f64],
+) {
+    let (groups, len) = (job.spec.rows.groups, job.spec.rows.len());
+    let sample = groups * len;
+    let (dweight, dbias) = sums.split_at_mut(sample);
+    for group in 0..groups {
+        for start in (group * len..(group + 1) * len).step_by(STRIP) {
+            let strip = start..(group * len + len).min(start + STRIP);
+            let width = strip.len().min(STRIP);
+            let (mut g_sums, mut gx_sums) = ([0.0; STRIP], [0.0; STRIP]);
+            let mut rooms = [T::ROOM; 3];
+            for n in samples.clone() {
+                let row = &rows[n * groups + group];
+                let slice = slice(job, n * sample + strip.start..n * sample + strip.end);
+                let channels = affine.channels(row, strip.clone()).part(0..width);
+                let load = slice.load::<M>(&mut rooms);
+                for j in 0..width {
+                    let (x, g) = load(j, &channels.at(j));
+                    g_sums[j] += g.to_f64();
+                    gx_sums[j] += g.to_f64() * ((x.to_f64() - row.mean) * row.rstd);
+                }
+            }
+            let (dweight, dbias) = (&mut dweight[strip.clone()], &mut dbias[strip]);
+            for j in 0..width {
+                dweight[j] += gx_sums[j];
+                dbias[j] += g_sums[j];
+            }
+        }
+    }
+}
+
+#[inline(always)]
+fn slice<'a, T: Element>(job: &Backward<'a, T>, run: Range<usize>) -> Slice<'a, T> {
+    Slice {
+        x: &job.x[run.clone()],
+        dy: &job.dy[run.clone()],
+        y: &job.x[run],
+    }
+}

@@ -1,0 +1,105 @@
+//! The forward pass over contiguous rows.
+
+use std::mem::MaybeUninit;
+use std::ops::Range;
+
+use super::affine::{Affine, Row};
+use super::blocks::Blocks;
+use super::{Forward, Spec};
+use crate::ops::loops::convert::{Element, Real};
+use crate::ops::loops::element::write_y;
+use crate::ops::loops::lanes::moments;
+use crate::ops::output::Output;
+use crate::ops::slices::vectorised;
+use crate::ops::Activation;
+
+pub(super) fn forward<T: Element, P: Affine<T::Real>>(
+    job: &Forward<T>,
+    affine: &P,
+) -> (Vec<T>, Vec<f64>) {
+    let (spec, x) = (job.spec, job.x);
+    let sample = spec.rows.c * spec.rows.s;
+    let mut y = Output::new(x.len());
+    let y_parts = y.parts();
+    let blocks = Blocks::new(spec.rows);
+    let rows = blocks.division().sweep(
+        |tile| {
+            vectorised(
+                #[inline(always)]
+                || -> Vec<_> {
+                    let m = blocks.values(tile.part) as f64;
+                    let moments = |run: Range<usize>| {
+                        let x = &x[run];
+                        moments(|| std::iter::once(x), m, spec.remove_mean)
+                    };
+                    blocks.runs(tile).map(moments).collect()
+                },
+            )
+        },
+        |block, parts: &[Vec<(f64, f64)>]| -> Vec<_> {
+            let merged = |row| {
+                let parts = parts.iter().enumerate();
+                merge(parts.map(|(part, rows)| (blocks.values(part) as f64, rows[row])))
+            };
+            let rows = (0..blocks.rows(block)).map(merged);
+            rows.map(|(mean, var)| Row::new(spec, mean, var)).collect()
+        },
+        |tile, rows| {
+            vectorised(
+                #[inline(always)]
+                || {
+                    for (run, row) in blocks.runs(tile).zip(rows) {
+                        // SAFETY: no two runs of any two tiles overlap.
+                        let y = unsafe { y_parts.part(run.clone()) };
+                        let start = run.start % sample;
+                        write_row(affine, row, start, &x[run], y, spec.activation);
+                    }
+                },
+            )
+        },
+    );
+    // SAFETY: the runs of all tiles make up the whole tensor.
+    (unsafe { y.finish() }, saved(rows.iter().flatten()))
+}
+
+/// Writes `y` for the values `x` of a row, the first of which is value `start` of the sample.
+#[inline(always)]
+pub(super) fn write_row<T: Element, P: Affine<T::Real>>(
+    affine: &P,
+    row: &Row<T::Real>,
+    start: usize,
+    x: &[T],
+    y: &mut [MaybeUninit<T>],
+    activation: Activation,
+) {
+    for (run, channels) in affine.runs(row, start, x.len()) {
+        write_y(&mut y[run.clone()], &x[run], None, channels, activation);
+    }
+}
+
+/// The statistics of whole rows.
+#[inline(always)]
+pub(super) fn statistics<T: Element>(spec: &Spec, x: &[T]) -> Row<T::Real> {
+    let m = x.len() as f64;
+    let (mean, squares) = moments(|| std::iter::once(x), m, spec.remove_mean);
+    Row::new(spec, mean, squares / m)
+}
+
+/// `[2, rows]`
+pub(super) fn saved<'a, A: Real + 'a>(rows: impl Iterator<Item = &'a Row<A>> + Clone) -> Vec<f64> {
+    let means = rows.clone().map(|row| row.mean);
+    means.chain(rows.map(|row| row.var)).collect()
+}
+
+/// Mean and biased variance of a row from the number of values, the mean and the sum of squares around it of
+/// each part (Chan et al. 1983, <https://doi.org/10.1080/00031305.1983.10483115>).
+fn merge(parts: impl Iterator<Item = (f64, (f64, f64))> + Clone) -> (f64, f64) {
+    let first = parts.clone().next().map_or(0.0, |(_, (mean, _))| mean);
+    let m: f64 = parts.clone().map(|(values, _)| values).sum();
+    let distances = parts
+        .clone()
+        .map(|(values, (mean, _))| values / m * (mean - first));
+    let mean = first + distances.sum::<f64>();
+    let squares = parts.map(|(values, (part, squares))| squares + values * (part - mean).powi(2));
+    (mean, squares.sum::<f64>() / m)
+}

@@ -1,0 +1,309 @@
+//! Norms of the rows of a tensor, each by its own statistics: layer, group, instance and RMS norm.
+
+mod cpu;
+mod host;
+mod op;
+
+use candle_core::{bail, Result, Shape, Tensor};
+
+use super::batch_norm::BatchStats;
+use super::Activation;
+use crate::dims::Rows;
+use crate::shape::{check_input, check_parameters, check_values, Order};
+
+/// What a backend has to know beside the tensors.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Spec {
+    pub rows: Rows,
+    /// The tensor is `[n, s, c]` in memory, otherwise `[n, c, s]`.
+    pub channels_last: bool,
+    pub eps: f64,
+    pub activation: Activation,
+    pub remove_mean: bool,
+}
+
+impl Spec {
+    /// `1 / √(var + eps)`
+    #[inline(always)]
+    pub fn rstd(&self, var: f64) -> f64 {
+        1.0 / (var + self.eps).sqrt()
+    }
+}
+
+/// Which gradients somebody asked for.
+#[derive(Debug, Clone, Copy)]
+pub(crate) struct Wants {
+    pub dx: bool,
+    pub dparams: bool,
+}
+
+/// The optional arguments of [`layer_norm`], [`rms_norm`], [`group_norm`] and [`instance_norm`].
+///
+/// ```
+/// use candle_batch_norm::ops::{Activation, RowNormArgs};
+/// let args = RowNormArgs { activation: Activation::Relu, ..RowNormArgs::new() };
+/// assert_eq!(args.eps, 1e-5);
+/// ```
+#[derive(Debug, Clone, Copy)]
+pub struct RowNormArgs<'a> {
+    /// In the input's dtype, or in F32 if that is F16 or BF16; each function says its shape. Absent, it counts
+    /// as 1.
+    pub weight: Option<&'a Tensor>,
+    /// As `weight`, and in its dtype. Absent, it counts as 0.
+    pub bias: Option<&'a Tensor>,
+    /// Applied to the normalised values, in the same pass.
+    pub activation: Activation,
+    /// Added to the variance under the root: at least 0.
+    pub eps: f64,
+}
+
+impl RowNormArgs<'_> {
+    /// `eps` of 1e-5 and nothing else.
+    pub const fn new() -> Self {
+        Self {
+            weight: None,
+            bias: None,
+            activation: Activation::Identity,
+            eps: 1e-5,
+        }
+    }
+}
+
+impl Default for RowNormArgs<'_> {
+    fn default() -> Self {
+        Self::new()
+    }
+}
+
+/// Layer norm: each sample is normalised over its last dimensions, which are `normalized_shape`.
+///
+/// For a row of `m` values that have all other indices in common:
+///
+/// ```text
+/// mean = Σx / m        var = Σ(x - mean)² / m        rstd = 1 / √(var + eps)
+/// y    = activation((x - mean)·rstd·weight + bias)
+/// ```
+///
+/// Weight and bias have the shape `normalized_shape`. With `x̂ = (x - mean)·rstd` and `g = dy` where the
+/// activation let through, 0 elsewhere, and `h = weight·g`, the gradients are
+///
+/// ```text
+/// dbias = Σg      dweight = Σg·x̂      (over all rows)
+/// dx    = rstd·(h - Σh/m - x̂·Σ(h·x̂)/m)      (Σ over the row)
+/// ```
+///
+/// `x` is F32, F64, F16 or BF16, and `y` has its shape and dtype; it is copied first if it is not contiguous.
+/// Values are computed in F32 (F64 for F64) and summed in F64. A row of constant values gives exactly the bias.
+///
+/// PyTorch: `torch.nn.functional.layer_norm(x, normalized_shape, weight, bias, eps)`. Source: Ba, Kiros and
+/// Hinton 2016, <https://arxiv.org/abs/1607.06450>.
+///
+/// # Errors
+/// A `normalized_shape` that is empty or not that of the last dimensions; another dtype, or a device without
+/// an implementation; parameters of another shape, dtype or device; `eps < 0` or NaN.
+///
+/// ```
+/// use candle_batch_norm::ops::{layer_norm, RowNormArgs};
+/// use candle_core::{Device, Tensor};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let x = Tensor::new(&[[1f64, 3.0], [10.0, 30.0]], &Device::Cpu)?;
+/// let args = RowNormArgs { eps: 0.0, ..RowNormArgs::new() };
+/// let y = layer_norm(&x, 2, &args)?;
+/// assert_eq!(y.to_vec2::<f64>()?, [[-1.0, 1.0], [-1.0, 1.0]]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn layer_norm(
+    x: &Tensor,
+    normalized_shape: impl Into<Shape>,
+    args: &RowNormArgs,
+) -> Result<Tensor> {
+    last_dimensions("layer norm", x, normalized_shape.into(), args, true)
+}
+
+/// RMS norm: [`layer_norm`] that leaves the mean where it is.
+///
+/// ```text
+/// y = activation(x / √(Σx² / m + eps)·weight + bias)
+/// ```
+///
+/// The gradients are those of [`layer_norm`] without `Σh/m`.
+///
+/// PyTorch: `torch.nn.functional.rms_norm(x, normalized_shape, weight, eps)`, whose `eps` is by default that
+/// of the dtype. Source: Zhang and Sennrich 2019, <https://arxiv.org/abs/1910.07467>.
+///
+/// # Errors
+/// Those of [`layer_norm`].
+///
+/// ```
+/// use candle_batch_norm::ops::{rms_norm, RowNormArgs};
+/// use candle_core::{Device, Tensor};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let x = Tensor::new(&[[1f64, 7.0]], &Device::Cpu)?; // mean square 25
+/// let args = RowNormArgs { eps: 0.0, ..RowNormArgs::new() };
+/// assert_eq!(rms_norm(&x, 2, &args)?.to_vec2::<f64>()?, [[0.2, 1.4]]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn rms_norm(
+    x: &Tensor,
+    normalized_shape: impl Into<Shape>,
+    args: &RowNormArgs,
+) -> Result<Tensor> {
+    last_dimensions("rms norm", x, normalized_shape.into(), args, false)
+}
+
+/// Group norm: of `x: [n, c, …]`, each sample's channels are normalised in `num_groups` groups of neighbours.
+///
+/// Formula, gradients, dtypes and accuracy are those of [`layer_norm`], where a row is a group of a sample with
+/// all of its positions, and weight and bias are `[c]`. Contiguous tensors and those with the channels last in
+/// memory (`[n, …, c]` permuted) are taken as they are, others are copied first.
+///
+/// PyTorch: `torch.nn.functional.group_norm(x, num_groups, weight, bias, eps)`. Source: Wu and He 2018,
+/// <https://arxiv.org/abs/1803.08494>.
+///
+/// # Errors
+/// `x` of another rank or dtype, or on a device without an implementation; a number of groups that does not
+/// divide the channels; parameters of another shape, dtype or device; `eps < 0` or NaN.
+///
+/// ```
+/// use candle_batch_norm::ops::{group_norm, RowNormArgs};
+/// use candle_core::{Device, Tensor};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let x = Tensor::new(&[[1f64, 3.0, 10.0, 30.0]], &Device::Cpu)?;
+/// let args = RowNormArgs { eps: 0.0, ..RowNormArgs::new() };
+/// let y = group_norm(&x, 2, &args)?;
+/// assert_eq!(y.to_vec2::<f64>()?, [[-1.0, 1.0, -1.0, 1.0]]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn group_norm(x: &Tensor, num_groups: usize, args: &RowNormArgs) -> Result<Tensor> {
+    Ok(groups("group norm", x, Some(num_groups), args)?.0)
+}
+
+/// Instance norm: [`group_norm`] with a group for each channel.
+///
+/// Returns the statistics of the batch too, as they go into running ones: the means over all samples of
+/// their means and of their variances, constants to autograd.
+///
+/// PyTorch: `torch.nn.functional.instance_norm(x, weight=weight, bias=bias, eps=eps)`. Source: Ulyanov,
+/// Vedaldi and Lempitsky 2016, <https://arxiv.org/abs/1607.08022>.
+///
+/// # Errors
+/// Those of [`group_norm`], and a single value per channel of a sample, which has no variance.
+///
+/// ```
+/// use candle_batch_norm::ops::{instance_norm, RowNormArgs};
+/// use candle_core::{Device, Tensor};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let x = Tensor::new(&[[[1f64, 3.0]], [[10.0, 30.0]]], &Device::Cpu)?;
+/// let args = RowNormArgs { eps: 0.0, ..RowNormArgs::new() };
+/// let (y, stats) = instance_norm(&x, &args)?;
+/// assert_eq!(y.to_vec3::<f64>()?, [[[-1.0, 1.0]], [[-1.0, 1.0]]]);
+/// assert_eq!(stats.mean()?.to_vec1::<f64>()?, [11.0]);
+/// assert_eq!(stats.var()?.to_vec1::<f64>()?, [50.5]); // of 1 and 100
+/// # Ok(())
+/// # }
+/// ```
+pub fn instance_norm(x: &Tensor, args: &RowNormArgs) -> Result<(Tensor, BatchStats)> {
+    let (y, rows, saved) = groups("instance norm", x, None, args)?;
+    let Some(saved) = saved else {
+        return Ok((y, BatchStats::of_nothing(x)?));
+    };
+    let by_sample = saved.reshape((2, rows.n, rows.c))?;
+    Ok((y, BatchStats::new(by_sample.mean(1)?, rows.s)))
+}
+
+/// Norms over the last dimensions.
+fn last_dimensions(
+    name: &'static str,
+    x: &Tensor,
+    normalized_shape: Shape,
+    args: &RowNormArgs,
+    remove_mean: bool,
+) -> Result<Tensor> {
+    let shape = normalized_shape.dims();
+    check_values(name, x)?;
+    if shape.is_empty() || !x.dims().ends_with(shape) {
+        bail!(
+            "{name} expects an input whose last dimensions are {shape:?}, at least one, got {:?}",
+            x.dims()
+        )
+    }
+    check_parameters(name, args.weight, args.bias, shape, x)?;
+    check_eps(name, args.eps)?;
+    if x.elem_count() == 0 {
+        return Ok(x.clone());
+    }
+    let c = normalized_shape.elem_count();
+    let spec = Spec {
+        rows: Rows {
+            n: x.elem_count() / c,
+            groups: 1,
+            c,
+            s: 1,
+        },
+        channels_last: false,
+        eps: args.eps,
+        activation: args.activation,
+        remove_mean,
+    };
+    Ok(op::apply(name, spec, &x.contiguous()?, args)?.0)
+}
+
+/// Norms of groups of channels, or of each channel; gives the statistics of the rows too, F64 `[2, rows]`,
+/// unless there are no values.
+fn groups(
+    name: &'static str,
+    x: &Tensor,
+    num_groups: Option<usize>,
+    args: &RowNormArgs,
+) -> Result<(Tensor, Rows, Option<Tensor>)> {
+    let dims = check_input(name, x)?;
+    let groups = num_groups.unwrap_or(dims.c);
+    if dims.c > 0 && (groups == 0 || !dims.c.is_multiple_of(groups)) {
+        bail!(
+            "{name} expects a number of groups that divides the {} channels of an input of shape {:?}, got {groups}",
+            dims.c,
+            x.dims()
+        )
+    }
+    check_parameters(name, args.weight, args.bias, &[dims.c], x)?;
+    check_eps(name, args.eps)?;
+    if num_groups.is_none() && dims.numel() > 0 && dims.s == 1 {
+        bail!(
+            "{name} expects more than one value per channel of a sample, got an input of shape {:?}",
+            x.dims()
+        )
+    }
+    let rows = Rows {
+        n: dims.n,
+        groups,
+        c: dims.c,
+        s: dims.s,
+    };
+    if dims.numel() == 0 {
+        return Ok((x.clone(), rows, None));
+    }
+    let order = Order::of(x)?;
+    let spec = Spec {
+        rows,
+        channels_last: order == Order::ChannelsLast,
+        eps: args.eps,
+        activation: args.activation,
+        remove_mean: true,
+    };
+    let (y, saved) = op::apply(name, spec, &order.into_kernel(x)?, args)?;
+    Ok((order.out_of_kernel(&y, x)?, rows, Some(saved)))
+}
+
+fn check_eps(name: &str, eps: f64) -> Result<()> {
+    if eps.is_nan() || eps < 0.0 {
+        bail!("{name} expects eps >= 0, got {eps}")
+    }
+    Ok(())
+}

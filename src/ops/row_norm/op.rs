@@ -1,0 +1,149 @@
+//! The custom op: hands candle's storages to a backend, and its gradients back to autograd.
+
+use std::sync::OnceLock;
+
+use candle_core::{bail, CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor};
+
+use super::{host, RowNormArgs, Spec, Wants};
+use crate::ops::backward::gradient_of;
+
+/// A row norm of its first argument; the second is the weight and the third the bias, as far as there are any.
+pub(super) struct RowNormOp {
+    pub name: &'static str,
+    pub spec: Spec,
+    pub has_weight: bool,
+    pub has_bias: bool,
+    /// The mean and the variance of each row, F64 `[2, rows]`: set once, by the forward pass.
+    saved: std::sync::Arc<OnceLock<Tensor>>,
+}
+
+/// A tensor as a backend gets it.
+pub(super) type Operand<'a, S> = (&'a S, Layout);
+
+/// The arguments by their role.
+pub(super) struct Operands<'a, S> {
+    pub x: Operand<'a, S>,
+    pub weight: Option<Operand<'a, S>>,
+    pub bias: Option<Operand<'a, S>>,
+}
+
+/// What the backward pass reads.
+pub(super) struct BackwardTensors<'a> {
+    pub args: [&'a Tensor; 3],
+    pub dy: &'a Tensor,
+    pub saved: &'a Tensor,
+}
+
+/// The gradients; `dparams` is `[2, c]`: of weight and bias.
+pub(super) struct TensorGrads {
+    pub dx: Option<Tensor>,
+    pub dparams: Option<Tensor>,
+}
+
+/// Runs the op on a contiguous `x` and arguments that have been checked; gives `y` and the statistics of the
+/// rows, F64 `[2, rows]`.
+pub(super) fn apply(
+    name: &'static str,
+    spec: Spec,
+    x: &Tensor,
+    args: &RowNormArgs,
+) -> Result<(Tensor, Tensor)> {
+    let flat = |t: Option<&Tensor>| t.map(|t| t.contiguous()?.flatten_all()).transpose();
+    let (weight, bias) = (flat(args.weight)?, flat(args.bias)?);
+    let op = RowNormOp {
+        name,
+        spec,
+        has_weight: weight.is_some(),
+        has_bias: bias.is_some(),
+        saved: Default::default(),
+    };
+    let saved = op.saved.clone();
+    // In the place of an absent argument stands the input again: it is there, and never read.
+    let y = x.apply_op3(weight.as_ref().unwrap_or(x), bias.as_ref().unwrap_or(x), op)?;
+    match saved.get() {
+        Some(saved) => Ok((y, saved.clone())),
+        None => bail!("{name}: the forward pass left no statistics"),
+    }
+}
+
+impl RowNormOp {
+    /// Sorts the arguments of the op into their roles.
+    pub fn operands<'a, S>(&self, args: [(&'a S, &Layout); 3]) -> Operands<'a, S> {
+        let [x, weight, bias] = args.map(|(storage, layout)| (storage, layout.clone()));
+        Operands {
+            x,
+            weight: self.has_weight.then_some(weight),
+            bias: self.has_bias.then_some(bias),
+        }
+    }
+
+    fn save(&self, stats: Tensor) -> Result<()> {
+        if self.saved.set(stats).is_err() {
+            bail!("{}: the forward pass ran twice", self.name)
+        }
+        Ok(())
+    }
+}
+
+impl CustomOp3 for RowNormOp {
+    fn name(&self) -> &'static str {
+        self.name
+    }
+
+    fn cpu_fwd(
+        &self,
+        s1: &CpuStorage,
+        l1: &Layout,
+        s2: &CpuStorage,
+        l2: &Layout,
+        s3: &CpuStorage,
+        l3: &Layout,
+    ) -> Result<(CpuStorage, Shape)> {
+        let operands = self.operands([(s1, l1), (s2, l2), (s3, l3)]);
+        let (y, stats) = host::forward(self, &operands)?;
+        self.save(stats)?;
+        Ok((y, l1.shape().clone()))
+    }
+
+    fn bwd(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        bias: &Tensor,
+        _y: &Tensor,
+        dy: &Tensor,
+    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
+        let Some(saved) = self.saved.get() else {
+            bail!(
+                "{}: the backward pass came before the forward pass",
+                self.name
+            )
+        };
+        let wants_weight = self.has_weight && weight.track_op();
+        let wants_bias = self.has_bias && bias.track_op();
+        let wants = Wants {
+            dx: x.track_op(),
+            dparams: wants_weight || wants_bias,
+        };
+        let dy = dy.detach().contiguous()?;
+        let tensors = BackwardTensors {
+            args: [x, weight, bias],
+            dy: &dy,
+            saved,
+        };
+        let TensorGrads { dx, dparams } = match dy.device() {
+            Device::Cpu => host::backward(self, &tensors, wants)?,
+            device => bail!("{} has no gradient on {:?}", self.name, device.location()),
+        };
+        // Each with memory of its own, as gradients have that candle sums up.
+        let row = |wanted: bool, row| match &dparams {
+            Some(dparams) if wanted => dparams.get(row)?.copy().map(Some),
+            _ => Ok(None),
+        };
+        Ok((
+            gradient_of(x, dx)?,
+            gradient_of(weight, row(wants_weight, 0)?)?,
+            gradient_of(bias, row(wants_bias, 1)?)?,
+        ))
+    }
+}
