@@ -3,12 +3,14 @@
 //!
 //! Each line of standard input is `layer shape dtype pass seconds`, such as
 //! `ours 32,64,56,56 f32 all 0.5`; the answer is the median and the shortest time of a run in
-//! microseconds, or a line that begins with `error`. The layers are `ours` and `candle-nn`, the passes:
+//! microseconds, or a line that begins with `error`. The layers are `ours` and `candle-nn`. A shape is for
+//! batch norm, unless another norm stands before it, as in `group32:32,64,56,56`: also `layer:`, `rms:` and
+//! `instance:`. The passes:
 //!
 //! - `fwd`: the forward pass in training, with its graph and the running statistics;
-//! - `all`: forward with a ReLU, and backward through candle's autograd, ours by `backward`; candle brings
-//!   ones for `dy`;
-//! - `vjp`: the same without autograd, for a given `dy`;
+//! - `all`: forward, for batch norm with a ReLU, and backward through candle's autograd, ours by `backward`;
+//!   candle brings ones for `dy`;
+//! - `vjp`: the same without autograd, for a given `dy`, for batch norm alone;
 //! - `eval`: the forward pass with the running statistics;
 //! - `copy`: a copy of the tensor on all threads, for the bandwidth.
 
@@ -45,6 +47,7 @@ fn answer(line: &str) -> Result<[Duration; 2]> {
     let [layer, shape, dtype, pass, seconds] = words[..] else {
         candle_core::bail!("expected `layer shape dtype pass seconds`, got {line:?}")
     };
+    let (norm, shape) = shape.split_once(':').unwrap_or(("batch", shape));
     let shape = shape
         .split(',')
         .map(str::parse)
@@ -64,22 +67,11 @@ fn answer(line: &str) -> Result<[Duration; 2]> {
     let x = Tensor::randn(1f32, 2.0, shape.as_slice(), &device)?.to_dtype(dtype)?;
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, dtype, &device);
-    let (c, relu) = (shape[1], pass == "all");
-    let ours = BatchNormConfig {
-        activation: if relu {
-            Activation::Relu
-        } else {
-            Activation::Identity
-        },
-        ..Default::default()
-    };
-    let ours = candle_batch_norm::batch_norm(c, ours, vb.pp("ours"))?;
-    let theirs = candle_nn::batch_norm(c, 1e-5, vb.pp("theirs"))?;
-    let layer = |x: &Tensor, train: bool| match layer {
-        "ours" => ours.forward_t(x, train),
-        "candle-nn" if relu => theirs.forward_t(x, train)?.relu(),
-        "candle-nn" => theirs.forward_t(x, train),
-        layer => candle_core::bail!("unknown layer {layer}"),
+    let relu = pass == "all";
+    let layer = build(layer, norm, &shape, relu, vb)?;
+    let layer = |x: &Tensor, train: bool| match &layer {
+        (layer, true) if relu => layer.forward_t(x, train)?.relu(),
+        (layer, _) => layer.forward_t(x, train),
     };
     match pass {
         "fwd" => time(limit, || layer(&x, true)),
@@ -88,7 +80,9 @@ fn answer(line: &str) -> Result<[Duration; 2]> {
             let x = Var::from_tensor(&x)?;
             time(limit, || backward(&layer(&x, true)?))
         }
+        "vjp" if norm != "batch" => candle_core::bail!("no vjp of {norm}"),
         "vjp" => {
+            let c = shape[1];
             let (weight, bias) = (
                 Tensor::ones(c, dtype, &device)?,
                 Tensor::zeros(c, dtype, &device)?,
@@ -111,6 +105,53 @@ fn answer(line: &str) -> Result<[Duration; 2]> {
         }
         pass => candle_core::bail!("unknown pass {pass}"),
     }
+}
+
+/// A layer for inputs of this shape, and whether its ReLU is still to come.
+fn build(
+    layer: &str,
+    norm: &str,
+    shape: &[usize],
+    relu: bool,
+    vb: VarBuilder,
+) -> Result<(Box<dyn ModuleT>, bool)> {
+    use candle_batch_norm::layers;
+    let (last, c) = (shape[shape.len() - 1], shape[1]);
+    let group = || match norm.strip_prefix("group").map(str::parse::<usize>) {
+        Some(Ok(groups)) => Ok(groups),
+        _ => candle_core::bail!("unknown norm {norm}"),
+    };
+    Ok(match (layer, norm) {
+        ("ours", "batch") => {
+            let mut config = BatchNormConfig::default();
+            if relu {
+                config.activation = Activation::Relu;
+            }
+            (
+                Box::new(candle_batch_norm::batch_norm(c, config, vb)?),
+                false,
+            )
+        }
+        ("ours", "layer") => (Box::new(layers::layer_norm(last, 1e-5, vb)?), false),
+        ("ours", "rms") => (Box::new(layers::rms_norm(last, 1e-5, vb)?), false),
+        ("ours", "instance") => {
+            let config = layers::InstanceNormConfig {
+                affine: true,
+                ..Default::default()
+            };
+            (Box::new(layers::instance_norm(c, config, vb)?), false)
+        }
+        ("ours", _) => (Box::new(layers::group_norm(group()?, c, 1e-5, vb)?), false),
+        ("candle-nn", "batch") => (Box::new(candle_nn::batch_norm(c, 1e-5, vb)?), true),
+        ("candle-nn", "layer") => (Box::new(candle_nn::layer_norm(last, 1e-5, vb)?), false),
+        ("candle-nn", "rms") => (Box::new(candle_nn::rms_norm(last, 1e-5, vb)?), false),
+        ("candle-nn", "instance") => (Box::new(candle_nn::group_norm(c, c, 1e-5, vb)?), false),
+        ("candle-nn", _) => (
+            Box::new(candle_nn::group_norm(group()?, c, 1e-5, vb)?),
+            false,
+        ),
+        (layer, _) => candle_core::bail!("unknown layer {layer}"),
+    })
 }
 
 /// The median and the shortest time of a run, of as many as fit into `limit`, after a warm-up.

@@ -14,6 +14,7 @@ import datetime
 import json
 import os
 import platform
+import re
 import shutil
 import signal
 import subprocess
@@ -41,7 +42,8 @@ def arguments():
     add("--rounds", type=int, default=5, help="how often each worker has its turn (default: 5)")
     add("--seconds", type=float, default=0.3, help="of each turn (default: 0.3)")
     add("--dtypes", type=lambda text: text.split(","), default=["f32"], metavar="f32,…", help="also f64, f16, bf16")
-    add("--cases", nargs="+", type=shape, default=CASES, metavar="N,C,…", help="shapes (default: six)")
+    add("--cases", nargs="+", type=shape, default=CASES, metavar="N,C,…",
+        help="shapes for batch norm, or for another norm as in layer:N,C, rms:N,C, group32:N,C,H,W and instance:N,C,H,W (default: six)")
     add("--compile", action="store_true", help="torch.compile as a further peer, which warms up slowly")
     add("--skip-ops", action="store_true", help="no table of single layers")
     add("--scaling", action="store_true", help="also threads 1, 2, 4 and sizes from 2^12 to 2^26 values")
@@ -72,7 +74,8 @@ def numbers(text):
 
 
 def shape(text):
-    if len(numbers(text)) not in range(2, 6):
+    norm, _, dims = text.rpartition(":")
+    if len(numbers(dims)) not in range(2, 6) or not re.fullmatch(r"(layer|rms|instance|group\d+)?", norm):
         raise ValueError
     return text
 
@@ -149,7 +152,9 @@ def measure(bench, python, threads, jobs, passes, args, errors):
     workers, rows = start_workers(bench, python, threads, args.compile), []
     for shape, dtype in jobs:
         print(f"{threads} threads, {dtype} [{shape}]", file=sys.stderr)
-        for pass_, times in times_of(workers, shape, dtype, passes, args, errors).items():
+        # Of batch norm alone.
+        of_shape = [pass_ for pass_ in passes if pass_ != "vjp" or ":" not in shape]
+        for pass_, times in times_of(workers, shape, dtype, of_shape, args, errors).items():
             rows.append({"threads": threads, "dtype": dtype, "shape": shape, "pass": pass_, "times": times})
     for worker in workers.values():
         worker.kill()

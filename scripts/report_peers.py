@@ -18,7 +18,7 @@ NAMES = {
     "candle-nn": "candle-nn",
 }
 NOTES = """\
-- `fwd`: forward in training. `all`: batch norm and ReLU, forward and backward through autograd. `vjp`: ours are
+- `fwd`: forward in training. `all`: batch norm and ReLU (other norms alone), forward and backward through autograd. `vjp`: ours are
   forward and gradients without candle's autograd, the others' are their `all`. `eval`: forward in evaluation.
 - Each time is the median over rounds of a round's median; the peers take turns.
 - PyTorch runs eagerly, with the system's allocator as it comes and (memory kept) with the same allocator kept from
@@ -50,8 +50,15 @@ def table(head, rows):
     return "\n".join(f"| {' | '.join(map(str, line))} |" for line in lines) + "\n"
 
 
+def named(shape):
+    """As it stands in tables: `layer [64,256]` for layer:64,256."""
+    norm, _, dims = shape.rpartition(":")
+    return f"{norm} [{dims}]".strip()
+
+
 def values_of(shape):
-    return math.prod(int(dim) for dim in shape.split(","))
+    """`shape` may have a norm before it, as in layer:64,256."""
+    return math.prod(int(dim) for dim in shape.rpartition(":")[2].split(","))
 
 
 def op_row(row, peers):
@@ -60,7 +67,7 @@ def op_row(row, peers):
     copied = 2 * BYTES["f32"] * values / times["copy"] / 1000
     achieved = ours and MOVED[row["pass"]] * BYTES[row["dtype"]] * values / ours / 1000
     return [
-        f"[{row['shape']}] {row['pass']}",
+        f"{named(row['shape'])} {row['pass']}",
         *(micros(times[peer]) for peer in peers),
         *(ratio(times[peer], ours) for peer in peers[1:]),
         f"{achieved / copied:.0%}".replace("%", " %") if ours else "–",
@@ -99,7 +106,7 @@ def scaling_table(data):
     head += ["share of copy", "copy, GB/s"]
     lines = [op_row(row, peers) for row in rows]
     for row, line in zip(rows, lines):
-        line[0] = f"[{row['shape']}], threads: {row['threads']}"
+        line[0] = f"{named(row['shape'])}, threads: {row['threads']}"
     return f"\nScaling:\n\n{table(head, lines)}"
 
 

@@ -17,15 +17,29 @@ from torch import nn
 from torch.nn import functional as F
 
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16}
-NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
+BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
 BATCH = 64
 
 
+def build(norm, dims):
+    if norm == "batch":
+        return BATCH_NORMS[len(dims)](dims[1])
+    if norm == "layer":
+        return nn.LayerNorm(dims[-1])
+    if norm == "rms":
+        return nn.RMSNorm(dims[-1], eps=1e-5)
+    if norm == "instance":
+        return {3: nn.InstanceNorm1d, 4: nn.InstanceNorm2d, 5: nn.InstanceNorm3d}[len(dims)](dims[1], affine=True)
+    return nn.GroupNorm(int(norm.removeprefix("group")), dims[1])
+
+
 def prepare(shape, dtype, pass_, compiled):
-    """A function that runs `pass_` once."""
-    dims = [int(dim) for dim in shape.split(",")]
+    """A function that runs `pass_` once. Another norm than batch norm stands before the shape, as in layer:64,256."""
+    norm, _, dims = shape.rpartition(":")
+    norm, dims = norm or "batch", [int(dim) for dim in dims.split(",")]
     x = (torch.randn(dims) * 2 + 1).to(DTYPES[dtype])
-    bn = NORMS[len(dims)](dims[1]).to(DTYPES[dtype])
+    bn = build(norm, dims).to(DTYPES[dtype])
+    relu = torch.relu if norm == "batch" else lambda x: x
     compiled = torch.compile if compiled else lambda function: function
     if pass_ == "fwd":
         layer = compiled(lambda x: bn(x))
@@ -36,13 +50,14 @@ def prepare(shape, dtype, pass_, compiled):
         # As PyTorch's users evaluate, and its faster way.
         return torch.inference_mode()(lambda: layer(x))
     if pass_ == "all":
-        layer = compiled(lambda x: torch.relu(bn(x)))
+        layer = compiled(lambda x: relu(bn(x)))
         x.requires_grad_(True)
         dy = torch.ones_like(x)
 
         def run():
             # Otherwise PyTorch would add to the gradients of the run before, which costs it time.
-            x.grad = bn.weight.grad = bn.bias.grad = None
+            x.grad = None
+            bn.zero_grad(set_to_none=True)
             layer(x).backward(dy)
 
         return run

@@ -175,9 +175,9 @@ pub struct RmsNorm(LayerNorm);
 ///
 /// # fn main() -> candle_core::Result<()> {
 /// let vars = VarMap::new();
-/// let norm = rms_norm(2, 0.0, VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu))?;
-/// let y = norm.forward(&Tensor::new(&[[1f64, 7.0]], &Device::Cpu)?)?;
-/// assert_eq!(y.to_vec2::<f64>()?, [[0.2, 1.4]]);
+/// let norm = rms_norm(4, 0.0, VarBuilder::from_varmap(&vars, DType::F64, &Device::Cpu))?;
+/// let y = norm.forward(&Tensor::new(&[[0f64, 8.0, 0.0, 0.0]], &Device::Cpu)?)?;
+/// assert_eq!(y.to_vec2::<f64>()?, [[0.0, 2.0, 0.0, 0.0]]);
 /// # Ok(())
 /// # }
 /// ```

@@ -141,9 +141,9 @@ pub fn layer_norm(
 /// use candle_core::{Device, Tensor};
 ///
 /// # fn main() -> candle_core::Result<()> {
-/// let x = Tensor::new(&[[1f64, 7.0]], &Device::Cpu)?; // mean square 25
+/// let x = Tensor::new(&[[0f64, 8.0, 0.0, 0.0]], &Device::Cpu)?; // mean square 16
 /// let args = RowNormArgs { eps: 0.0, ..RowNormArgs::new() };
-/// assert_eq!(rms_norm(&x, 2, &args)?.to_vec2::<f64>()?, [[0.2, 1.4]]);
+/// assert_eq!(rms_norm(&x, 4, &args)?.to_vec2::<f64>()?, [[0.0, 2.0, 0.0, 0.0]]);
 /// # Ok(())
 /// # }
 /// ```
