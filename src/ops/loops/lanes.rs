@@ -1,39 +1,57 @@
 //! Sums over slices, side by side in lanes.
 
+use std::ops::Range;
+
 use super::convert::{Element, Real};
 use super::element::{Channel, Channels, Mask, Slice};
 
-/// As many sums as make loops over them worth while: these stay in memory, and the loops, whose
-/// length the compiler does not know, in the widest registers.
-const LANES: usize = 128;
+/// As many sums as fit into the registers of a core, or nearly; the loops over short slices still fill some.
+pub(crate) const LANES: usize = 32;
 
 /// A sum in `f64`, added up in a fixed order.
 struct Sum([f64; LANES]);
 
 impl Sum {
     #[inline(always)]
-    pub fn new() -> Self {
+    fn new() -> Self {
         Self([0.0; LANES])
     }
 
     #[inline(always)]
-    pub fn total(mut self) -> f64 {
-        let mut len = LANES;
-        while len > 1 {
-            len /= 2;
-            let (left, right) = self.0.split_at_mut(len);
-            for (left, right) in left.iter_mut().zip(right) {
-                *left += *right;
+    fn total(self) -> f64 {
+        let mut eight = [0.0; 8];
+        for lanes in self.0.chunks_exact(8) {
+            for i in 0..8 {
+                eight[i] += lanes[i];
             }
         }
-        self.0[0]
+        let [a, b, c, d, e, f, g, h] = eight;
+        ((a + b) + (c + d)) + ((e + f) + (g + h))
     }
+}
 
+/// Calls `f`, which has to be inlined, with the ranges of a slice of `len` values that are added up side by side:
+/// of `LANES` values, which the compiler then knows, and what is left.
+#[inline(always)]
+pub(crate) fn blocks(len: usize, mut f: impl FnMut(Range<usize>)) {
+    let mut start = 0;
+    while start + LANES <= len {
+        f(start..start + LANES);
+        start += LANES;
+    }
+    if start < len {
+        f(start..len);
+    }
+}
+
+impl Sum {
     /// Adds `f` of every value.
     #[inline(always)]
-    pub fn add<T: Element>(&mut self, values: &[T], f: impl Fn(f64) -> f64) {
+    fn add<T: Element>(&mut self, values: &[T], f: impl Fn(f64) -> f64) {
         const { assert!(LANES <= T::CHUNK) };
         let mut room = T::ROOM;
+        // Not in `blocks`: the compiler writes out a loop over so few values with so little to do, one by one,
+        // before it thinks of wide registers.
         for chunk in values.chunks(LANES) {
             let (lanes, values) = (&mut self.0[..chunk.len()], T::load(chunk, &mut room));
             for i in 0..chunk.len() {
@@ -51,7 +69,7 @@ struct Distances {
 
 impl Distances {
     #[inline(always)]
-    pub fn new() -> Self {
+    fn new() -> Self {
         Self {
             sum: Sum::new(),
             squares: Sum::new(),
@@ -59,18 +77,22 @@ impl Distances {
     }
 
     #[inline(always)]
-    pub fn add<T: Element>(&mut self, values: &[T], pivot: f64) {
-        let mut room = T::ROOM;
-        for chunk in values.chunks(LANES) {
-            let values = T::load(chunk, &mut room);
-            let sums = &mut self.sum.0[..chunk.len()];
-            let squares = &mut self.squares.0[..chunk.len()];
-            for i in 0..chunk.len() {
-                let distance = values(i).to_f64() - pivot;
-                sums[i] += distance;
-                squares[i] += distance * distance;
-            }
-        }
+    fn add<T: Element>(&mut self, values: &[T], pivot: f64) {
+        let (sums, squares, mut room) = (&mut self.sum.0, &mut self.squares.0, T::ROOM);
+        blocks(
+            values.len(),
+            #[inline(always)]
+            |range| {
+                let len = range.len();
+                let values = T::load(&values[range], &mut room);
+                let (sums, squares) = (&mut sums[..len], &mut squares[..len]);
+                for i in 0..len {
+                    let distance = values(i).to_f64() - pivot;
+                    sums[i] += distance;
+                    squares[i] += distance * distance;
+                }
+            },
+        );
     }
 }
 
@@ -91,7 +113,8 @@ pub(crate) fn spread(sum: f64, squares: f64, m: f64) -> f64 {
 }
 
 /// Mean (0 without `remove_mean`) of `m` values and the sum of squares around it. `runs` gives the slices
-/// that they stand in, again with each call.
+/// that they stand in, again with each call. (Loops over it, for what iterators do inside is not compiled for
+/// wide registers.)
 #[inline(always)]
 pub(crate) fn moments<'a, T: Element, I: Iterator<Item = &'a [T]>>(
     runs: impl Fn() -> I,
@@ -102,27 +125,24 @@ pub(crate) fn moments<'a, T: Element, I: Iterator<Item = &'a [T]>>(
     let first = || runs().next().map_or(0.0, |run| run[0].to_f64());
     if T::SQUARES_FIT && remove_mean {
         let (pivot, mut distances) = (first(), Distances::new());
-        runs().for_each(
-            #[inline(always)]
-            |run| distances.add(run, pivot),
-        );
+        for run in runs() {
+            distances.add(run, pivot);
+        }
         let (sum, squares) = (distances.sum.total(), distances.squares.total());
         return (pivot + sum / m, spread(sum, squares, m));
     }
     let mut mean = 0.0;
     if remove_mean {
         let (pivot, mut sum) = (first(), Sum::new());
-        runs().for_each(
-            #[inline(always)]
-            |run| sum.add(run, |x| x - pivot),
-        );
+        for run in runs() {
+            sum.add(run, |x| x - pivot);
+        }
         mean = pivot + sum.total() / m;
     }
     let mut squares = Sum::new();
-    runs().for_each(
-        #[inline(always)]
-        |run| squares.add(run, |x| (x - mean) * (x - mean)),
-    );
+    for run in runs() {
+        squares.add(run, |x| (x - mean) * (x - mean));
+    }
     (mean, squares.total())
 }
 
@@ -156,20 +176,23 @@ impl GradSums {
         mean: f64,
         weigh: impl Fn(f64, W) -> f64,
     ) {
-        let mut rooms = [T::ROOM; 3];
-        for start in (0..slice.x.len()).step_by(LANES) {
-            let range = start..slice.x.len().min(start + LANES);
-            let (channels, weights) = (channels.part(range.clone()), weights.part(range.clone()));
-            let len = range.len();
-            let values = slice.part(range);
-            let load = values.load::<M>(&mut rooms);
-            let (gs, gxs) = (&mut self.g.0[..len], &mut self.gx.0[..len]);
-            for i in 0..len {
-                let (x, g) = load(i, &channels.at(i));
-                let g = weigh(g.to_f64(), weights.at(i));
-                gs[i] += g;
-                gxs[i] += g * (x.to_f64() - mean);
-            }
-        }
+        let (gs, gxs, mut rooms) = (&mut self.g.0, &mut self.gx.0, [T::ROOM; 3]);
+        blocks(
+            slice.x.len(),
+            #[inline(always)]
+            |range| {
+                let (channels, weights) =
+                    (channels.part(range.clone()), weights.part(range.clone()));
+                let (len, values) = (range.len(), slice.part(range));
+                let load = values.load::<M>(&mut rooms);
+                let (gs, gxs) = (&mut gs[..len], &mut gxs[..len]);
+                for i in 0..len {
+                    let (x, g) = load(i, &channels.at(i));
+                    let g = weigh(g.to_f64(), weights.at(i));
+                    gs[i] += g;
+                    gxs[i] += g * (x.to_f64() - mean);
+                }
+            },
+        );
     }
 }

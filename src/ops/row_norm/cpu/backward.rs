@@ -8,7 +8,7 @@ use super::blocks::Blocks;
 use super::{Backward, Grads, Spec};
 use crate::ops::loops::convert::{Element, Real};
 use crate::ops::loops::element::{Channels, Mask, Same, Slice};
-use crate::ops::loops::lanes::GradSums;
+use crate::ops::loops::lanes::{blocks, GradSums, LANES};
 use crate::ops::loops::sweep::PART;
 use crate::ops::output::{Output, Parts};
 use crate::ops::parallel;
@@ -46,13 +46,13 @@ pub(super) fn planes<T: Element, M: Mask<T>>(job: &Backward<T>, affine: &ByPlane
             vectorised(
                 #[inline(always)]
                 || {
-                    let mut planes = Vec::new();
-                    let sums = |run: Range<usize>| {
-                        let row = &rows[run.start / len];
-                        let start = run.start % sample;
-                        plane_sums::<T, M>(affine, row, start, &slice(job, run), &mut planes)
-                    };
-                    let sums: Vec<_> = blocks.runs(tile).map(sums).collect();
+                    let (mut sums, mut planes) = (Vec::new(), Vec::new());
+                    // Not by an iterator, whose insides would not be compiled for wide registers.
+                    for run in blocks.runs(tile) {
+                        let (row, start) = (&rows[run.start / len], run.start % sample);
+                        let slice = slice(job, run);
+                        sums.push(plane_sums::<T, M>(affine, row, start, &slice, &mut planes));
+                    }
                     (sums, planes)
                 },
             )
@@ -242,9 +242,6 @@ unsafe fn write_samples<T: Element, M: Mask<T>>(
     }
 }
 
-/// Columns whose sums stay in registers, or close by.
-const STRIP: usize = 64;
-
 /// Adds to the sums of each value of a sample, dweight and then dbias, those of whole samples.
 #[inline(always)]
 fn add_samples<T: Element, M: Mask<T>>(
@@ -258,28 +255,32 @@ fn add_samples<T: Element, M: Mask<T>>(
     let sample = groups * len;
     let (dweight, dbias) = sums.split_at_mut(sample);
     for group in 0..groups {
-        for start in (group * len..(group + 1) * len).step_by(STRIP) {
-            let strip = start..(group * len + len).min(start + STRIP);
-            let width = strip.len().min(STRIP);
-            let (mut g_sums, mut gx_sums) = ([0.0; STRIP], [0.0; STRIP]);
-            let mut rooms = [T::ROOM; 3];
-            for n in samples.clone() {
-                let row = &rows[n * groups + group];
-                let slice = slice(job, n * sample + strip.start..n * sample + strip.end);
-                let channels = affine.channels(row, strip.clone()).part(0..width);
-                let load = slice.load::<M>(&mut rooms);
-                for j in 0..width {
-                    let (x, g) = load(j, &channels.at(j));
-                    g_sums[j] += g.to_f64();
-                    gx_sums[j] += g.to_f64() * ((x.to_f64() - row.mean) * row.rstd);
+        // Columns whose sums stay in registers.
+        blocks(
+            len,
+            #[inline(always)]
+            |strip| {
+                let strip = group * len + strip.start..group * len + strip.end;
+                let (mut g_sums, mut gx_sums) = ([0.0; LANES], [0.0; LANES]);
+                let mut rooms = [T::ROOM; 3];
+                for n in samples.clone() {
+                    let row = &rows[n * groups + group];
+                    let slice = slice(job, n * sample + strip.start..n * sample + strip.end);
+                    let channels = affine.channels(row, strip.clone());
+                    let load = slice.load::<M>(&mut rooms);
+                    for j in 0..strip.len() {
+                        let (x, g) = load(j, &channels.at(j));
+                        g_sums[j] += g.to_f64();
+                        gx_sums[j] += g.to_f64() * ((x.to_f64() - row.mean) * row.rstd);
+                    }
                 }
-            }
-            let (dweight, dbias) = (&mut dweight[strip.clone()], &mut dbias[strip]);
-            for j in 0..width {
-                dweight[j] += gx_sums[j];
-                dbias[j] += g_sums[j];
-            }
-        }
+                let (dweight, dbias) = (&mut dweight[strip.clone()], &mut dbias[strip.clone()]);
+                for j in 0..strip.len() {
+                    dweight[j] += gx_sums[j];
+                    dbias[j] += g_sums[j];
+                }
+            },
+        );
     }
 }
 

@@ -1,7 +1,6 @@
 //! The forward pass over contiguous rows.
 
 use std::mem::MaybeUninit;
-use std::ops::Range;
 
 use super::affine::{Affine, Row};
 use super::blocks::Blocks;
@@ -26,13 +25,15 @@ pub(super) fn forward<T: Element, P: Affine<T::Real>>(
         |tile| {
             vectorised(
                 #[inline(always)]
-                || -> Vec<_> {
+                || {
                     let m = blocks.values(tile.part) as f64;
-                    let moments = |run: Range<usize>| {
+                    let mut rows = Vec::new();
+                    // Not by an iterator, whose insides would not be compiled for wide registers.
+                    for run in blocks.runs(tile) {
                         let x = &x[run];
-                        moments(|| std::iter::once(x), m, spec.remove_mean)
-                    };
-                    blocks.runs(tile).map(moments).collect()
+                        rows.push(moments(|| std::iter::once(x), m, spec.remove_mean));
+                    }
+                    rows
                 },
             )
         },

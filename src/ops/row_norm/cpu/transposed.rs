@@ -108,17 +108,18 @@ pub(super) fn forward<T: Element>(job: &Forward<T>, affine: &ByPlane) -> (Vec<T>
     let rows = parallel::map(bunches.count(), job.x.len(), |index| {
         vectorised(
             #[inline(always)]
-            || -> Vec<_> {
+            || {
                 let bunch = bunches.get(index);
                 let x = bunches.gather(&bunch, job.x);
                 let mut y = vec![MaybeUninit::uninit(); x.len()];
-                let rows = x.chunks_exact(len).zip(y.chunks_exact_mut(len));
-                let rows = bunch.groups.clone().zip(rows).map(|(group, (x, y))| {
+                let mut rows = Vec::new();
+                for (i, group) in bunch.groups.clone().enumerate() {
+                    let run = i * len..(i + 1) * len;
+                    let (x, y) = (&x[run.clone()], &mut y[run]);
                     let row = statistics(spec, x);
                     write_row(affine, &row, group * len, x, y, spec.activation);
-                    row
-                });
-                let rows = rows.collect();
+                    rows.push(row);
+                }
                 // SAFETY: `write_row` has written each row, and no two bunches have a value in common.
                 unsafe { bunches.scatter(&bunch, written(&y), y_parts) };
                 rows
