@@ -3,13 +3,13 @@
 use std::path::PathBuf;
 
 use anyhow::{bail, Result};
-use candle_batch_norm::models::{Architecture, ModelConfig, Norm, Placement};
-use candle_batch_norm::BatchNormConfig;
+use candle_batch_norm::models::{Architecture, ModelConfig, Placement};
 use candle_core::Device;
 use clap::{Parser, ValueEnum};
 use serde::Serialize;
 
 use crate::data::Dataset;
+use crate::norms::{Contender, NormArg};
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
 pub enum ModelArg {
@@ -24,12 +24,6 @@ pub enum ModelArg {
 pub enum PlacementArg {
     Before,
     After,
-}
-
-#[derive(Clone, Copy, Debug, ValueEnum)]
-pub enum NormArg {
-    Fused,
-    Candle,
 }
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -167,20 +161,12 @@ impl Args {
         }
     }
 
-    pub fn model_config(&self, with_bn: bool) -> ModelConfig {
-        let norm = match self.norm {
-            _ if !with_bn => Norm::None,
-            NormArg::Fused => Norm::Batch(BatchNormConfig {
-                eps: self.bn_eps,
-                momentum: Some(self.bn_momentum),
-                ..Default::default()
-            }),
-            NormArg::Candle => Norm::CandleNn(candle_nn::BatchNormConfig {
-                eps: self.bn_eps,
-                momentum: self.bn_momentum,
-                ..Default::default()
-            }),
-        };
+    pub fn contenders(&self) -> Vec<Contender> {
+        Contender::list(self.norm)
+    }
+
+    pub fn model_config(&self, norm: NormArg) -> ModelConfig {
+        let norm = norm.of_model(self);
         let placement = match self.placement {
             PlacementArg::Before => Placement::BeforeActivation,
             PlacementArg::After => Placement::AfterActivation,

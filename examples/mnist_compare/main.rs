@@ -1,14 +1,17 @@
 //! Trains the same network with and without batch norm on MNIST and compares them.
 //!
 //! `cargo run --release --example mnist_compare` needs neither flags nor a network; `--help` lists
-//! what can be chosen. From here the way goes down to `train` (the runs), which uses `data`
-//! (pictures and labels) and leaves its results to `state` (files to resume from) and `report`.
+//! what can be chosen. From here the way goes down to `norms` (what is compared) and `train` (the
+//! runs), which uses `data` (pictures and labels) and leaves its results to `state` (files to resume
+//! from) and `report`.
 
 mod args;
 mod chart;
 mod data;
 mod digits;
 mod idx;
+mod norms;
+mod panels;
 mod report;
 mod sgd;
 mod state;
@@ -19,10 +22,12 @@ use std::sync::atomic::{AtomicBool, Ordering};
 use std::sync::Arc;
 
 use anyhow::{Context, Result};
+use candle_core::Device;
 use clap::Parser;
 
-use args::Args;
-use train::Run;
+use args::{Args, Config};
+use data::Dataset;
+use train::{Record, Run};
 
 /// The system's allocator gives large blocks back at once, and the next tensor is paged in afresh.
 #[global_allocator]
@@ -56,42 +61,53 @@ fn compare(args: &Args) -> Result<ExitCode> {
     std::fs::create_dir_all(&args.out)
         .with_context(|| format!("cannot make the folder {}", args.out.display()))?;
 
-    if !args.resume {
-        state::forget(&args.out)?;
-    }
-
     let stop = stop_on_ctrl_c()?;
     let config = args.config(&device, &data);
-    let mut runs = vec![];
-    for with_bn in [false, true] {
-        let mut run = Run::new(args, with_bn, &device)?;
+    let records = train_all(args, &config, &data, &device, &stop)?;
+    if records.iter().all(|record| record.history.is_empty()) {
+        println!("stopped before the first epoch ended: nothing was written");
+        return Ok(ExitCode::from(INTERRUPTED));
+    }
+    report::write_files(&records, &config, &data, &args.out)?;
+    print!("\n{}", report::table(&records));
+    println!("\nwritten to {}: batch_normalization_comparison.png and .svg, metrics.csv, metrics.json, and each trained model",
+        args.out.display());
+    let whole = |record: &Record| record.history.len() == args.epochs;
+    if records.len() < args.contenders().len() || !records.iter().all(whole) {
+        println!("stopped: the same command with --resume goes on after the last whole epoch");
+        return Ok(ExitCode::from(INTERRUPTED));
+    }
+    Ok(report::verdict(&records, args.target_acc))
+}
+
+/// Trains one contender after the other, until all are trained or `stop` is set.
+fn train_all(
+    args: &Args,
+    config: &Config,
+    data: &Dataset,
+    device: &Device,
+    stop: &AtomicBool,
+) -> Result<Vec<Record>> {
+    let contenders = args.contenders();
+    if !args.resume {
+        state::forget(&contenders, &args.out)?;
+    }
+    let mut records = vec![];
+    for contender in contenders {
+        let mut run = Run::new(args, contender, device)?;
         if args.resume {
-            state::resume(&mut run, &config, &args.out)?;
+            state::resume(&mut run, config, &args.out)?;
         }
-        println!("\n{}", run.title());
-        train::train(&mut run, args, &data, &stop, |run| {
-            state::save(run, &config, &args.out)
+        println!("\n{}", contender.title);
+        train::train(&mut run, args, data, stop, |run| {
+            state::save(run, config, &args.out)
         })?;
-        runs.push(run);
+        records.push(run.record);
         if stop.load(Ordering::Relaxed) {
             break;
         }
     }
-
-    if runs.iter().all(|run| run.history.is_empty()) {
-        println!("stopped before the first epoch ended: nothing was written");
-        return Ok(ExitCode::from(INTERRUPTED));
-    }
-    report::write_files(&runs, &config, &data, &args.out)?;
-    print!("\n{}", report::table(&runs));
-    println!("\nwritten to {}: batch_normalization_comparison.png and .svg, metrics.csv, metrics.json, and each trained model",
-        args.out.display());
-    let finished = runs.len() == 2 && runs.iter().all(|run| run.history.len() == args.epochs);
-    if !finished {
-        println!("stopped: the same command with --resume goes on after the last whole epoch");
-        return Ok(ExitCode::from(INTERRUPTED));
-    }
-    Ok(report::verdict(&runs, args.target_acc))
+    Ok(records)
 }
 
 /// A flag that Ctrl-C sets. A second Ctrl-C ends the program at once; files are whole all the same.

@@ -10,18 +10,24 @@ use serde_json::Value;
 use crate::args::Config;
 use crate::chart;
 use crate::data::Dataset;
+use crate::panels::FourPanels;
 use crate::state::write_whole;
-use crate::train::{Epoch, Run};
+use crate::train::{Epoch, Record};
 
 /// The test accuracy whose first epoch the table names.
 const MILESTONE: f64 = 0.97;
 
-pub fn write_files(runs: &[Run], config: &Config, data: &Dataset, dir: &Path) -> Result<()> {
-    write_whole(&dir.join("metrics.csv"), &metrics_csv(runs, config)?)?;
+pub fn write_files(records: &[Record], config: &Config, data: &Dataset, dir: &Path) -> Result<()> {
+    write_whole(&dir.join("metrics.csv"), &metrics_csv(records, config)?)?;
 
-    let models: serde_json::Map<_, _> = runs
+    let models: serde_json::Map<_, _> = records
         .iter()
-        .map(|run| Ok((run.key().to_string(), serde_json::to_value(&run.history)?)))
+        .map(|record| {
+            Ok((
+                record.contender.key.to_string(),
+                serde_json::to_value(&record.history)?,
+            ))
+        })
         .collect::<Result<_>>()?;
     let json = serde_json::json!({ "config": config, "epochs": models });
     write_whole(
@@ -34,11 +40,15 @@ pub fn write_files(runs: &[Run], config: &Config, data: &Dataset, dir: &Path) ->
         config.model.to_uppercase(),
         data.source
     );
-    chart::draw(runs, &title, &dir.join("batch_normalization_comparison"))
+    let chart = FourPanels {
+        records,
+        title: &title,
+    };
+    chart::write(&chart, &dir.join("batch_normalization_comparison"))
 }
 
-/// A row for each epoch of each model, with the configuration in it: rows of many runs can be joined.
-fn metrics_csv(runs: &[Run], config: &Config) -> Result<Vec<u8>> {
+/// A row for each epoch of each model, with the configuration in it: rows of many records can be joined.
+fn metrics_csv(records: &[Record], config: &Config) -> Result<Vec<u8>> {
     let config = serde_json::to_value(config)?;
     let config: Vec<_> = config.as_object().into_iter().flatten().collect();
     let mut csv = csv::Writer::from_writer(vec![]);
@@ -53,8 +63,8 @@ fn metrics_csv(runs: &[Run], config: &Config) -> Result<Vec<u8>> {
     ];
     let names = config.iter().map(|(name, _)| format!("config.{name}"));
     csv.write_record(metrics.map(String::from).into_iter().chain(names))?;
-    for run in runs {
-        for (i, epoch) in run.history.iter().enumerate() {
+    for record in records {
+        for (i, epoch) in record.history.iter().enumerate() {
             let numbers = [
                 epoch.train_loss,
                 epoch.train_accuracy,
@@ -62,7 +72,7 @@ fn metrics_csv(runs: &[Run], config: &Config) -> Result<Vec<u8>> {
                 epoch.test_accuracy,
                 epoch.seconds,
             ];
-            let row = [run.key().to_string(), (i + 1).to_string()].into_iter();
+            let row = [record.contender.key.to_string(), (i + 1).to_string()].into_iter();
             let settings = config.iter().map(|(_, value)| match value {
                 Value::String(text) => text.clone(),
                 other => other.to_string(),
@@ -73,45 +83,46 @@ fn metrics_csv(runs: &[Run], config: &Config) -> Result<Vec<u8>> {
     Ok(csv.into_inner()?)
 }
 
-/// Both models side by side, after the first epoch and the last.
-pub fn table(runs: &[Run]) -> String {
+/// The models side by side, after the first epoch and the last.
+pub fn table(records: &[Record]) -> String {
     let mut table = String::new();
-    let mut line = |label: &str, cell: &dyn Fn(&Run) -> String| {
+    let mut line = |label: &str, cell: &dyn Fn(&Record) -> String| {
         let _ = write!(table, "{label:<34}");
-        for run in runs {
-            let _ = write!(table, "{:>22}", cell(run));
+        for record in records {
+            let _ = write!(table, "{:>22}", cell(record));
         }
         table.push('\n');
     };
-    line("", &|run| run.title().into());
+    line("", &|record| record.contender.title.into());
     type Pick = fn(&[Epoch]) -> Option<&Epoch>;
     let picks: [(&str, Pick); 2] = [("epoch 1", |h| h.first()), ("last epoch", |h| h.last())];
     for (when, pick) in picks {
-        let number =
-            |run: &Run, f: &dyn Fn(&Epoch) -> String| pick(&run.history).map_or("–".into(), f);
-        line(&format!("{when}: train loss"), &|run| {
-            number(run, &|e| format!("{:.4}", e.train_loss))
+        let number = |record: &Record, f: &dyn Fn(&Epoch) -> String| {
+            pick(&record.history).map_or("–".into(), f)
+        };
+        line(&format!("{when}: train loss"), &|record| {
+            number(record, &|e| format!("{:.4}", e.train_loss))
         });
-        line(&format!("{when}: train accuracy"), &|run| {
-            number(run, &|e| percent(e.train_accuracy))
+        line(&format!("{when}: train accuracy"), &|record| {
+            number(record, &|e| percent(e.train_accuracy))
         });
-        line(&format!("{when}: test loss"), &|run| {
-            number(run, &|e| format!("{:.4}", e.test_loss))
+        line(&format!("{when}: test loss"), &|record| {
+            number(record, &|e| format!("{:.4}", e.test_loss))
         });
-        line(&format!("{when}: test accuracy"), &|run| {
-            number(run, &|e| percent(e.test_accuracy))
+        line(&format!("{when}: test accuracy"), &|record| {
+            number(record, &|e| percent(e.test_accuracy))
         });
     }
-    line("epochs", &|run| run.history.len().to_string());
-    line("time per epoch", &|run| {
-        let seconds: f64 = run.history.iter().map(|e| e.seconds).sum();
-        match run.history.len() {
+    line("epochs", &|record| record.history.len().to_string());
+    line("time per epoch", &|record| {
+        let seconds: f64 = record.history.iter().map(|e| e.seconds).sum();
+        match record.history.len() {
             0 => "–".into(),
             epochs => format!("{:.2} s", seconds / epochs as f64),
         }
     });
-    line("epochs to 97 % test accuracy", &|run| {
-        let first = run
+    line("epochs to 97 % test accuracy", &|record| {
+        let first = record
             .history
             .iter()
             .position(|e| e.test_accuracy >= MILESTONE);
@@ -125,20 +136,20 @@ fn percent(fraction: f64) -> String {
 }
 
 /// Fails if a model ended below the target (in percent).
-pub fn verdict(runs: &[Run], target: Option<f64>) -> ExitCode {
+pub fn verdict(records: &[Record], target: Option<f64>) -> ExitCode {
     let Some(target) = target else {
         return ExitCode::SUCCESS;
     };
     let mut code = ExitCode::SUCCESS;
-    for run in runs {
-        let last = run
+    for record in records {
+        let last = record
             .history
             .last()
             .map_or(0.0, |epoch| epoch.test_accuracy * 100.0);
         if last < target {
             println!(
                 "{}: test accuracy {last:.2} % is below the target of {target} %",
-                run.title()
+                record.contender.title
             );
             code = ExitCode::FAILURE;
         }

@@ -11,8 +11,9 @@ use safetensors::SafeTensors;
 use serde_json::Value;
 
 use crate::args::Config;
+use crate::norms::Contender;
 use crate::sgd::sorted;
-use crate::train::{Epoch, Run, KEYS};
+use crate::train::{Epoch, Run};
 
 const HISTORY: &str = "history";
 
@@ -25,7 +26,7 @@ pub fn save(run: &Run, config: &Config, dir: &Path) -> Result<()> {
         .collect();
     let model = safetensors::serialize(model, None)?;
 
-    let mut tensors = vec![(HISTORY.to_string(), history_tensor(&run.history)?)];
+    let mut tensors = vec![(HISTORY.to_string(), history_tensor(&run.record.history)?)];
     for (name, var) in vars {
         tensors.push((format!("model.{name}"), var.as_tensor().clone()));
     }
@@ -38,15 +39,15 @@ pub fn save(run: &Run, config: &Config, dir: &Path) -> Result<()> {
     let tensors = tensors.iter().map(|(name, tensor)| (name, tensor));
     let resume = safetensors::serialize(tensors, Some(metadata))?;
 
-    write_whole(&resume_file(dir, run.key()), &resume)?;
-    write_whole(&dir.join(format!("{}.safetensors", run.key())), &model)
+    let key = run.record.contender.key;
+    write_whole(&resume_file(dir, key), &resume)?;
+    write_whole(&dir.join(format!("{key}.safetensors")), &model)
 }
 
-/// Removes what an earlier run left in `dir` to resume from, so that a later `--resume` cannot meet
-/// it. The trained models stay until others replace them.
-pub fn forget(dir: &Path) -> Result<()> {
-    for key in KEYS {
-        let path = resume_file(dir, key);
+/// Removes what earlier runs left in `dir` to resume from, so that a later `--resume` cannot meet it. The trained models stay until others replace them.
+pub fn forget(contenders: &[Contender], dir: &Path) -> Result<()> {
+    for contender in contenders {
+        let path = resume_file(dir, contender.key);
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 return Err(error).with_context(|| format!("cannot remove {}", path.display()))
@@ -63,11 +64,12 @@ fn resume_file(dir: &Path, key: &str) -> PathBuf {
 
 /// Takes a run up where [`save`] left it, if there is something to take up.
 pub fn resume(run: &mut Run, config: &Config, dir: &Path) -> Result<()> {
-    let path = resume_file(dir, run.key());
+    let contender = run.record.contender;
+    let path = resume_file(dir, contender.key);
     if !path.exists() {
         println!(
             "{}: nothing to resume in {}, so it starts anew",
-            run.title(),
+            contender.title,
             dir.display()
         );
         return Ok(());
@@ -124,7 +126,7 @@ fn restore(run: &mut Run, config: &Config, bytes: &[u8]) -> Result<()> {
         var.set(&value)?;
     }
     run.sgd.velocities = velocities;
-    run.history = history;
+    run.record.history = history;
     Ok(())
 }
 
@@ -221,7 +223,7 @@ mod tests {
 
     fn losses(run: &Run) -> Vec<[f64; 4]> {
         let numbers = |e: &Epoch| [e.train_loss, e.train_accuracy, e.test_loss, e.test_accuracy];
-        run.history.iter().map(numbers).collect()
+        run.record.history.iter().map(numbers).collect()
     }
 
     #[test]
@@ -241,14 +243,18 @@ mod tests {
         let (never, dir) = (AtomicBool::new(false), tempfile::tempdir()?);
         let data = data::load(&args("1"))?;
         let config = args("3").config(&Device::Cpu, &data);
-        let mut whole = Run::new(&args("3"), true, &Device::Cpu)?;
+        let start = |epochs| {
+            let args = args(epochs);
+            Run::new(&args, args.contenders()[1], &Device::Cpu)
+        };
+        let mut whole = start("3")?;
         train(&mut whole, &args("3"), &data, &never, |_| Ok(()))?;
 
-        let mut first = Run::new(&args("1"), true, &Device::Cpu)?;
+        let mut first = start("1")?;
         train(&mut first, &args("1"), &data, &never, |run| {
             save(run, &config, dir.path())
         })?;
-        let mut second = Run::new(&args("3"), true, &Device::Cpu)?;
+        let mut second = start("3")?;
         resume(&mut second, &config, dir.path())?;
         train(&mut second, &args("3"), &data, &never, |_| Ok(()))?;
         assert_eq!(losses(&second), losses(&whole));
@@ -261,7 +267,7 @@ mod tests {
 
         save(&second, &config, dir.path())?;
         let error_with = |other: Config| {
-            let mut run = Run::new(&args("3"), true, &Device::Cpu).unwrap();
+            let mut run = start("3").unwrap();
             format!("{:#}", resume(&mut run, &other, dir.path()).unwrap_err())
         };
         let error = error_with(Config {
@@ -282,7 +288,7 @@ mod tests {
             "{error}"
         );
 
-        forget(dir.path())?;
+        forget(&args("3").contenders(), dir.path())?;
         let left = std::fs::read_dir(dir.path())?.map(|entry| Ok(entry?.file_name()));
         let left = left.collect::<Result<Vec<_>>>()?;
         assert_eq!(left, ["with_bn.safetensors"]);

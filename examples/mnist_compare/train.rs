@@ -16,6 +16,7 @@ use serde::Serialize;
 
 use crate::args::Args;
 use crate::data::{fnv1a, shuffled, Dataset, Split};
+use crate::norms::Contender;
 use crate::sgd::{sorted, Sgd};
 
 /// Test images that are evaluated at a time.
@@ -23,9 +24,6 @@ const EVAL_BATCH: usize = 1000;
 
 /// After so many steps the sums come from the device; each time costs it a pause.
 const STEPS_BETWEEN_READS: usize = 20;
-
-/// The models' names in files and columns: without batch norm and with it.
-pub const KEYS: [&str; 2] = ["without_bn", "with_bn"];
 
 /// What one epoch came to. Accuracies are fractions, over the whole epoch and the whole test set.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -38,43 +36,37 @@ pub struct Epoch {
     pub seconds: f64,
 }
 
+/// What is left of a training, epoch by epoch.
+pub struct Record {
+    pub contender: Contender,
+    pub history: Vec<Epoch>,
+}
+
 /// A model in training.
 pub struct Run {
-    pub with_bn: bool,
+    pub record: Record,
     pub vars: VarMap,
     pub sgd: Sgd,
-    pub history: Vec<Epoch>,
     pub device: Device,
     model: Model,
 }
 
 impl Run {
-    pub fn new(args: &Args, with_bn: bool, device: &Device) -> Result<Self> {
+    pub fn new(args: &Args, contender: Contender, device: &Device) -> Result<Self> {
         let vars = VarMap::new();
         let vb = VarBuilder::from_varmap(&vars, DType::F32, device);
-        let model = Model::new(args.architecture(), &args.model_config(with_bn), vb)?;
+        let model = Model::new(args.architecture(), &args.model_config(contender.norm), vb)?;
         initialise(&vars, args.seed)?;
         Ok(Self {
-            with_bn,
+            record: Record {
+                contender,
+                history: vec![],
+            },
             sgd: Sgd::new(&vars, args.lr, args.momentum),
             vars,
-            history: vec![],
             device: device.clone(),
             model,
         })
-    }
-
-    /// For people.
-    pub fn title(&self) -> &'static str {
-        match self.with_bn {
-            true => "with batch norm",
-            false => "without batch norm",
-        }
-    }
-
-    /// For names of files and columns.
-    pub fn key(&self) -> &'static str {
-        KEYS[usize::from(self.with_bn)]
     }
 
     fn input_shape(&self) -> [usize; 3] {
@@ -91,17 +83,17 @@ pub fn train(
     stop: &AtomicBool,
     after_epoch: impl Fn(&Run) -> Result<()>,
 ) -> Result<()> {
-    for (i, epoch) in run.history.iter().enumerate() {
+    for (i, epoch) in run.record.history.iter().enumerate() {
         println!("{}  (from before)", line(i, args.epochs, epoch));
     }
-    for index in run.history.len()..args.epochs {
+    for index in run.record.history.len()..args.epochs {
         let started = Instant::now();
         let Some((train_loss, train_accuracy)) = train_epoch(run, args, data, index, stop)? else {
             return Ok(());
         };
         let seconds = started.elapsed().as_secs_f64();
         let (test_loss, test_accuracy) = evaluate(run, &data.test)?;
-        run.history.push(Epoch {
+        run.record.history.push(Epoch {
             train_loss,
             train_accuracy,
             test_loss,
@@ -109,7 +101,7 @@ pub fn train(
             seconds,
         });
         after_epoch(run)?;
-        println!("{}", line(index, args.epochs, &run.history[index]));
+        println!("{}", line(index, args.epochs, &run.record.history[index]));
     }
     Ok(())
 }
@@ -263,7 +255,8 @@ mod tests {
     /// fc2 of the MLP has 256 inputs, so ±1/16; the variance of a uniform distribution is bound²/3.
     #[test]
     fn weights_start_as_in_pytorch() -> Result<()> {
-        let run = Run::new(&Args::parse_from(["mnist_compare"]), true, &Device::Cpu)?;
+        let args = Args::parse_from(["mnist_compare"]);
+        let run = Run::new(&args, args.contenders()[1], &Device::Cpu)?;
         let vars = run.vars.data().lock().unwrap();
         let values = |name: &str| vars[name].flatten_all()?.to_vec1::<f32>();
         let weight = values("fc2.weight")?;
@@ -280,11 +273,12 @@ mod tests {
     }
 
     #[test]
-    fn both_models_start_alike() -> Result<()> {
+    fn all_models_start_alike() -> Result<()> {
         for model in ["mlp", "cnn", "regularised"] {
             let args = Args::parse_from(["mnist_compare", "--model", model]);
-            let without = Run::new(&args, false, &Device::Cpu)?;
-            let with = Run::new(&args, true, &Device::Cpu)?;
+            let start = |contender| Run::new(&args, contender, &Device::Cpu);
+            let [without, with] = [0, 1].map(|i| start(args.contenders()[i]));
+            let (without, with) = (without?, with?);
             let with = with.vars.data().lock().unwrap();
             let mut shared = 0;
             for (name, var) in sorted(&without.vars) {
