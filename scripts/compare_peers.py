@@ -200,10 +200,10 @@ def mnist(example, python, args):
     """Runs of both networks, by turns, and the memory of training the CNN."""
     out, runs = args.out / "mnist", []
     peers = {
-        "ours": lambda model: train_ours(example, model, "fused", args.limit, args, out),
+        "ours": lambda model: train_ours(example, model, "none,batch", args.limit, args, out),
         "pytorch": lambda model: train_torch(python, model, False, args),
         "pytorch-kept": lambda model: train_torch(python, model, True, args),
-        "candle-nn": lambda model: train_ours(example, model, "candle", args.limit, args, out),
+        "candle-nn": lambda model: train_ours(example, model, "none,candle", args.limit, args, out),
     }
     for model in args.models:
         for index in range(args.mnist_rounds):
@@ -212,7 +212,7 @@ def mnist(example, python, args):
                 seconds, peak = train(model)
                 runs.append({"model": model, "peer": peer, "seconds": seconds, "peak_mib": peak})
     # Six batches, and as few test images: evaluation takes 1000 at a time, more than training does.
-    norms = {"ours": "fused", "candle-nn": "candle"}
+    norms = {"ours": "none,batch", "candle-nn": "none,candle"}
     memory = {peer: train_ours(example, "cnn", norm, 384, args, out)[1] for peer, norm in norms.items()}
     return {"runs": runs, "training_peak_mib": memory}
 

@@ -1,4 +1,4 @@
-//! The command line, and what of it decides about the numbers.
+//! The command line.
 
 use std::path::PathBuf;
 
@@ -6,9 +6,7 @@ use anyhow::{bail, Result};
 use candle_batch_norm::models::{Architecture, ModelConfig, Placement};
 use candle_core::Device;
 use clap::{Parser, ValueEnum};
-use serde::Serialize;
 
-use crate::data::Dataset;
 use crate::norms::{Contender, NormArg};
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -33,20 +31,27 @@ pub enum DeviceArg {
     Cuda,
 }
 
-/// Trains the same network with and without batch norm on MNIST and compares them.
+/// Trains the same network with several normalisations on MNIST, by default without any and with batch
+/// norm, and compares them.
 #[derive(Clone, Debug, Parser)]
 #[command(version)]
 pub struct Args {
-    /// The network to train twice
+    /// The network to train with each norm
     #[arg(long, value_enum, default_value = "mlp")]
     pub model: ModelArg,
-    /// Batch norm before or after the activation
+    /// Normalisation before or after the activation
     #[arg(long, value_enum, default_value = "before")]
     pub placement: PlacementArg,
-    /// Whose batch norm: this crate's fused one, or candle-nn's
-    #[arg(long, value_enum, default_value = "fused")]
-    pub norm: NormArg,
-    /// Added to the variance in batch norm
+    /// What to compare, in this order, with commas between
+    #[arg(
+        long = "norm",
+        value_enum,
+        value_name = "NORM,…",
+        value_delimiter = ',',
+        default_value = "none,batch"
+    )]
+    pub norms: Vec<NormArg>,
+    /// Added to the variance in every norm
     #[arg(long, default_value_t = 1e-5)]
     pub bn_eps: f64,
     /// The weight of a new batch in the running statistics
@@ -90,36 +95,21 @@ pub struct Args {
     pub quiet: bool,
 }
 
-/// All that decides about the numbers of a run.
-#[derive(Clone, Debug, Serialize)]
-pub struct Config {
-    pub version: String,
-    pub model: String,
-    pub placement: String,
-    pub norm: String,
-    pub bn_eps: f64,
-    pub bn_momentum: f64,
-    pub epochs: usize,
-    pub batch_size: usize,
-    pub lr: f64,
-    pub momentum: f64,
-    pub seed: u64,
-    pub device: String,
-    pub data: String,
-    pub data_hash: String,
-    pub train_images: usize,
-    pub test_images: usize,
-}
-
 impl Args {
     /// Says what is out of range before any work is done.
     pub fn check(&self) -> Result<()> {
         if self.epochs == 0 {
             bail!("--epochs should be at least 1, is 0")
         }
-        if self.batch_size < 2 {
-            bail!("--batch-size should be at least 2, for batch norm needs more than one value, is {}",
-                self.batch_size)
+        check_once("--norm", &self.norms, name_of)?;
+        match self.norms.iter().find(|norm| norm.needs_a_batch()) {
+            Some(norm) if self.batch_size < 2 => bail!(
+                "--batch-size should be at least 2 for the norm {}, which needs more than one image to compare, is {}",
+                name_of(norm),
+                self.batch_size
+            ),
+            _ if self.batch_size == 0 => bail!("--batch-size should be at least 1, is 0"),
+            _ => {}
         }
         if !(self.lr > 0.0 && self.lr.is_finite()) {
             bail!("--lr should be a number above 0, is {}", self.lr)
@@ -162,7 +152,7 @@ impl Args {
     }
 
     pub fn contenders(&self) -> Vec<Contender> {
-        Contender::list(self.norm)
+        Contender::list(&self.norms)
     }
 
     pub fn model_config(&self, norm: NormArg) -> ModelConfig {
@@ -188,49 +178,30 @@ impl Args {
             DeviceArg::Cuda => Ok(Device::new_cuda(0)?),
         }
     }
-
-    pub fn describe(&self) -> String {
-        format!(
-            "{} with batch norm ({}, {} the activation) and without; SGD lr {} momentum {}, batch {}, epochs {}, seed {}",
-            name_of(&self.model), name_of(&self.norm), name_of(&self.placement),
-            self.lr, self.momentum, self.batch_size, self.epochs, self.seed
-        )
-    }
-
-    pub fn config(&self, device: &Device, data: &Dataset) -> Config {
-        Config {
-            version: env!("CARGO_PKG_VERSION").into(),
-            model: name_of(&self.model),
-            placement: name_of(&self.placement),
-            norm: name_of(&self.norm),
-            bn_eps: self.bn_eps,
-            bn_momentum: self.bn_momentum,
-            epochs: self.epochs,
-            batch_size: self.batch_size,
-            lr: self.lr,
-            momentum: self.momentum,
-            seed: self.seed,
-            device: device_name(device).into(),
-            data: data.source.clone(),
-            data_hash: format!("{:016x}", data.hash()),
-            train_images: data.train.len(),
-            test_images: data.test.len(),
-        }
-    }
 }
 
-fn name_of(value: &impl ValueEnum) -> String {
+/// That nothing is named twice.
+fn check_once<T: PartialEq>(flag: &str, given: &[T], name: fn(&T) -> String) -> Result<()> {
+    let twice = given
+        .iter()
+        .enumerate()
+        .find(|(i, value)| given[..*i].contains(value));
+    if let Some((_, value)) = twice {
+        let all: Vec<_> = given.iter().map(name).collect();
+        bail!(
+            "{flag} should name each once, names {} twice: {}",
+            name(value),
+            all.join(",")
+        )
+    }
+    Ok(())
+}
+
+/// As on the command line.
+pub fn name_of(value: &impl ValueEnum) -> String {
     value
         .to_possible_value()
         .map_or_else(String::new, |value| value.get_name().to_string())
-}
-
-pub fn device_name(device: &Device) -> &'static str {
-    match device {
-        Device::Cpu => "cpu",
-        Device::Cuda(_) => "cuda",
-        Device::Metal(_) => "metal",
-    }
 }
 
 #[cfg(test)]
@@ -241,7 +212,11 @@ mod tests {
     fn bad_values_are_named_with_what_was_expected() {
         for (flag, expected) in [
             ("--batch-size=0", "at least 2"),
-            ("--batch-size=1", "at least 2"),
+            ("--batch-size=1", "at least 2 for the norm batch"),
+            (
+                "--norm=none,batch,none",
+                "names none twice: none,batch,none",
+            ),
             ("--epochs=0", "at least 1"),
             ("--lr=0", "a number above 0, is 0"),
             ("--lr=-0.5", "a number above 0, is -0.5"),
@@ -261,6 +236,15 @@ mod tests {
                 "{flag}: {error}"
             );
         }
-        assert!(Args::parse_from(["mnist_compare"]).check().is_ok());
+        for good in [&["--batch-size=64"][..], &["--batch-size=1", "--norm=none"]] {
+            let args = ["mnist_compare"].iter().chain(good);
+            Args::parse_from(args).check().unwrap();
+        }
+        let error = Args::try_parse_from(["mnist_compare", "--norm=none,best"]).unwrap_err();
+        let error = error.to_string();
+        assert!(
+            error.contains("'best'") && error.contains("renorm"),
+            "{error}"
+        );
     }
 }

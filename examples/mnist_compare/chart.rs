@@ -53,8 +53,9 @@ pub fn write<P: Picture>(picture: &P, path: &Path) -> Result<()> {
 fn colour(norm: NormArg) -> RGBColor {
     match norm {
         NormArg::None => RGBColor(213, 94, 0),
-        NormArg::Fused => RGBColor(0, 114, 178),
-        NormArg::Candle => RGBColor(0, 158, 115),
+        NormArg::Batch => RGBColor(0, 114, 178),
+        NormArg::Renorm => RGBColor(86, 180, 233),
+        NormArg::Candle => BLACK,
     }
 }
 
@@ -71,7 +72,8 @@ fn form(norm: NormArg) -> Vec<Pixel> {
     };
     match norm {
         NormArg::None => polygon(4, 6.0, 45.0),
-        NormArg::Fused => polygon(16, 5.0, 0.0),
+        NormArg::Batch => polygon(16, 5.0, 0.0),
+        NormArg::Renorm => polygon(4, 7.0, 0.0),
         NormArg::Candle => polygon(3, 7.0, 0.0),
     }
 }
@@ -83,7 +85,7 @@ fn marker<C, B: DrawingBackend>(norm: NormArg, at: C) -> Marker<C, B> {
 /// A line through `points`, with a marker at each and a place in the legend.
 pub fn line<'a, B: DrawingBackend + 'a>(
     chart: &mut Chart<'a, B>,
-    contender: Contender,
+    contender: &Contender,
     points: &Points,
 ) -> Result<()>
 where
@@ -93,7 +95,7 @@ where
     let line = LineSeries::new(points.iter().copied(), colour(norm).stroke_width(2));
     chart
         .draw_series(line)?
-        .label(contender.title)
+        .label(&contender.title)
         .legend(move |(x, y)| marker(norm, (x + 10, y)));
     chart.draw_series(points.iter().map(|&at| marker(norm, at)))?;
     Ok(())

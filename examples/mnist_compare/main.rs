@@ -7,6 +7,7 @@
 
 mod args;
 mod chart;
+mod config;
 mod data;
 mod digits;
 mod idx;
@@ -25,7 +26,8 @@ use anyhow::{Context, Result};
 use candle_core::Device;
 use clap::Parser;
 
-use args::{Args, Config};
+use args::Args;
+use config::Config;
 use data::Dataset;
 use train::{Record, Run};
 
@@ -51,7 +53,7 @@ fn compare(args: &Args) -> Result<ExitCode> {
     let device = args.open_device()?;
     let data = data::load(args)?;
     data.check(args.batch_size)?;
-    println!("device   {}", args::device_name(&device));
+    println!("device   {}", config::device_name(&device));
     println!("data     {}", data.describe());
     println!("model    {}", args.describe());
     if data.drawn {
@@ -68,7 +70,7 @@ fn compare(args: &Args) -> Result<ExitCode> {
         println!("stopped before the first epoch ended: nothing was written");
         return Ok(ExitCode::from(INTERRUPTED));
     }
-    report::write_files(&records, &config, &data, &args.out)?;
+    report::write_files(&records, &config, &args.title(&data), &args.out)?;
     print!("\n{}", report::table(&records));
     println!("\nwritten to {}: batch_normalization_comparison.png and .svg, metrics.csv, metrics.json, and each trained model",
         args.out.display());
@@ -98,7 +100,7 @@ fn train_all(
         if args.resume {
             state::resume(&mut run, config, &args.out)?;
         }
-        println!("\n{}", contender.title);
+        println!("\n{}", run.record.contender.title);
         train::train(&mut run, args, data, stop, |run| {
             state::save(run, config, &args.out)
         })?;

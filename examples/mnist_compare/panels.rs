@@ -101,7 +101,7 @@ where
         .light_line_style(WHITE)
         .draw()?;
     for (record, points) in records.iter().zip(&lines) {
-        line(&mut chart, record.contender, points)?;
+        line(&mut chart, &record.contender, points)?;
     }
     legend(&mut chart, &lines)
 }

@@ -7,9 +7,8 @@ use std::process::ExitCode;
 use anyhow::Result;
 use serde_json::Value;
 
-use crate::args::Config;
 use crate::chart;
-use crate::data::Dataset;
+use crate::config::Config;
 use crate::panels::FourPanels;
 use crate::state::write_whole;
 use crate::train::{Epoch, Record};
@@ -17,40 +16,29 @@ use crate::train::{Epoch, Record};
 /// The test accuracy whose first epoch the table names.
 const MILESTONE: f64 = 0.97;
 
-pub fn write_files(records: &[Record], config: &Config, data: &Dataset, dir: &Path) -> Result<()> {
+pub fn write_files(records: &[Record], config: &Config, title: &str, dir: &Path) -> Result<()> {
     write_whole(&dir.join("metrics.csv"), &metrics_csv(records, config)?)?;
-
-    let models: serde_json::Map<_, _> = records
-        .iter()
-        .map(|record| {
-            Ok((
-                record.contender.key.to_string(),
-                serde_json::to_value(&record.history)?,
-            ))
-        })
-        .collect::<Result<_>>()?;
-    let json = serde_json::json!({ "config": config, "epochs": models });
-    write_whole(
-        &dir.join("metrics.json"),
-        serde_json::to_string_pretty(&json)?.as_bytes(),
-    )?;
-
-    let title = format!(
-        "{} on {}: with and without batch norm",
-        config.model.to_uppercase(),
-        data.source
-    );
-    let chart = FourPanels {
-        records,
-        title: &title,
-    };
+    let json = serde_json::json!({ "config": config, "epochs": histories(records)? });
+    write_json(&dir.join("metrics.json"), &json)?;
+    let chart = FourPanels { records, title };
     chart::write(&chart, &dir.join("batch_normalization_comparison"))
 }
 
-/// A row for each epoch of each model, with the configuration in it: rows of many records can be joined.
+pub fn write_json(path: &Path, json: &Value) -> Result<()> {
+    write_whole(path, serde_json::to_string_pretty(json)?.as_bytes())
+}
+
+/// The epochs of each model, by its key.
+pub fn histories(records: &[Record]) -> Result<Value> {
+    let models = records.iter().map(|record| {
+        let history = serde_json::to_value(&record.history)?;
+        Ok((record.contender.key.clone(), history))
+    });
+    Ok(Value::Object(models.collect::<Result<_>>()?))
+}
+
+/// A row for each epoch of each model, with its configuration in it: rows of many files can be joined.
 fn metrics_csv(records: &[Record], config: &Config) -> Result<Vec<u8>> {
-    let config = serde_json::to_value(config)?;
-    let config: Vec<_> = config.as_object().into_iter().flatten().collect();
     let mut csv = csv::Writer::from_writer(vec![]);
     let metrics = [
         "model",
@@ -61,9 +49,11 @@ fn metrics_csv(records: &[Record], config: &Config) -> Result<Vec<u8>> {
         "test_accuracy",
         "seconds",
     ];
-    let names = config.iter().map(|(name, _)| format!("config.{name}"));
+    let names = settings(config)?.into_iter();
+    let names = names.map(|(name, _)| format!("config.{name}"));
     csv.write_record(metrics.map(String::from).into_iter().chain(names))?;
     for record in records {
+        let settings = settings(&config.of(&record.contender))?;
         for (i, epoch) in record.history.iter().enumerate() {
             let numbers = [
                 epoch.train_loss,
@@ -72,28 +62,40 @@ fn metrics_csv(records: &[Record], config: &Config) -> Result<Vec<u8>> {
                 epoch.test_accuracy,
                 epoch.seconds,
             ];
-            let row = [record.contender.key.to_string(), (i + 1).to_string()].into_iter();
-            let settings = config.iter().map(|(_, value)| match value {
-                Value::String(text) => text.clone(),
-                other => other.to_string(),
-            });
+            let row = [record.contender.key.clone(), (i + 1).to_string()].into_iter();
+            let settings = settings.iter().map(|(_, value)| value.clone());
             csv.write_record(row.chain(numbers.map(|n| n.to_string())).chain(settings))?;
         }
     }
     Ok(csv.into_inner()?)
 }
 
+/// The configuration by name.
+fn settings(config: &Config) -> Result<Vec<(String, String)>> {
+    let Value::Object(settings) = serde_json::to_value(config)? else {
+        return Ok(vec![]);
+    };
+    let text = |value| match value {
+        Value::String(text) => text,
+        other => other.to_string(),
+    };
+    let settings = settings.into_iter();
+    Ok(settings.map(|(name, value)| (name, text(value))).collect())
+}
+
 /// The models side by side, after the first epoch and the last.
 pub fn table(records: &[Record]) -> String {
     let mut table = String::new();
+    let titles = records.iter().map(|r| r.contender.title.chars().count());
+    let width = titles.max().unwrap_or(0).max("99.99 %".len()) + 4;
     let mut line = |label: &str, cell: &dyn Fn(&Record) -> String| {
         let _ = write!(table, "{label:<34}");
         for record in records {
-            let _ = write!(table, "{:>22}", cell(record));
+            let _ = write!(table, "{:>width$}", cell(record));
         }
         table.push('\n');
     };
-    line("", &|record| record.contender.title.into());
+    line("", &|record| record.contender.title.clone());
     type Pick = fn(&[Epoch]) -> Option<&Epoch>;
     let picks: [(&str, Pick); 2] = [("epoch 1", |h| h.first()), ("last epoch", |h| h.last())];
     for (when, pick) in picks {

@@ -10,7 +10,7 @@ use candle_core::{Device, Tensor};
 use safetensors::SafeTensors;
 use serde_json::Value;
 
-use crate::args::Config;
+use crate::config::Config;
 use crate::norms::Contender;
 use crate::sgd::sorted;
 use crate::train::{Epoch, Run};
@@ -35,11 +35,14 @@ pub fn save(run: &Run, config: &Config, dir: &Path) -> Result<()> {
             tensors.push((format!("velocity.{name}"), velocity.clone()));
         }
     }
-    let metadata = HashMap::from([("config".to_string(), serde_json::to_string(config)?)]);
+    let metadata = HashMap::from([(
+        "config".to_string(),
+        serde_json::to_string(&config.of(&run.record.contender))?,
+    )]);
     let tensors = tensors.iter().map(|(name, tensor)| (name, tensor));
     let resume = safetensors::serialize(tensors, Some(metadata))?;
 
-    let key = run.record.contender.key;
+    let key = &run.record.contender.key;
     write_whole(&resume_file(dir, key), &resume)?;
     write_whole(&dir.join(format!("{key}.safetensors")), &model)
 }
@@ -47,7 +50,7 @@ pub fn save(run: &Run, config: &Config, dir: &Path) -> Result<()> {
 /// Removes what earlier runs left in `dir` to resume from, so that a later `--resume` cannot meet it. The trained models stay until others replace them.
 pub fn forget(contenders: &[Contender], dir: &Path) -> Result<()> {
     for contender in contenders {
-        let path = resume_file(dir, contender.key);
+        let path = resume_file(dir, &contender.key);
         match std::fs::remove_file(&path) {
             Err(error) if error.kind() != std::io::ErrorKind::NotFound => {
                 return Err(error).with_context(|| format!("cannot remove {}", path.display()))
@@ -64,8 +67,8 @@ fn resume_file(dir: &Path, key: &str) -> PathBuf {
 
 /// Takes a run up where [`save`] left it, if there is something to take up.
 pub fn resume(run: &mut Run, config: &Config, dir: &Path) -> Result<()> {
-    let contender = run.record.contender;
-    let path = resume_file(dir, contender.key);
+    let contender = &run.record.contender;
+    let path = resume_file(dir, &contender.key);
     if !path.exists() {
         println!(
             "{}: nothing to resume in {}, so it starts anew",
@@ -84,6 +87,7 @@ fn restore(run: &mut Run, config: &Config, bytes: &[u8]) -> Result<()> {
         .metadata()
         .as_ref()
         .and_then(|metadata| metadata.get("config"));
+    let config = &config.of(&run.record.contender);
     check_same(saved.context("it has no configuration")?, config)?;
 
     let tensors = candle_core::safetensors::load_buffer(bytes, &Device::Cpu)?;
@@ -245,7 +249,7 @@ mod tests {
         let config = args("3").config(&Device::Cpu, &data);
         let start = |epochs| {
             let args = args(epochs);
-            Run::new(&args, args.contenders()[1], &Device::Cpu)
+            Run::new(&args, args.contenders().remove(1), &Device::Cpu)
         };
         let mut whole = start("3")?;
         train(&mut whole, &args("3"), &data, &never, |_| Ok(()))?;
@@ -285,6 +289,16 @@ mod tests {
         });
         assert!(
             error.ends_with("it has 3 epochs, and --epochs is 2"),
+            "{error}"
+        );
+
+        // The other batch norm of such a pair has the same key.
+        let other = Args::parse_from(["mnist_compare", "--norm", "none,candle"]);
+        let mut other = Run::new(&other, other.contenders().remove(1), &Device::Cpu)?;
+        let error = resume(&mut other, &config, dir.path()).unwrap_err();
+        let error = format!("{error:#}");
+        assert!(
+            error.ends_with(r#"norm was "batch", is "candle""#),
             "{error}"
         );
 

@@ -256,7 +256,7 @@ mod tests {
     #[test]
     fn weights_start_as_in_pytorch() -> Result<()> {
         let args = Args::parse_from(["mnist_compare"]);
-        let run = Run::new(&args, args.contenders()[1], &Device::Cpu)?;
+        let run = Run::new(&args, args.contenders().remove(1), &Device::Cpu)?;
         let vars = run.vars.data().lock().unwrap();
         let values = |name: &str| vars[name].flatten_all()?.to_vec1::<f32>();
         let weight = values("fc2.weight")?;
@@ -277,7 +277,7 @@ mod tests {
         for model in ["mlp", "cnn", "regularised"] {
             let args = Args::parse_from(["mnist_compare", "--model", model]);
             let start = |contender| Run::new(&args, contender, &Device::Cpu);
-            let [without, with] = [0, 1].map(|i| start(args.contenders()[i]));
+            let [without, with] = [0, 1].map(|i| start(args.contenders().remove(i)));
             let (without, with) = (without?, with?);
             let with = with.vars.data().lock().unwrap();
             let mut shared = 0;
