@@ -63,6 +63,11 @@ pub struct Args {
     /// Images in each step of the training; an epoch's last ones, if fewer, are left out
     #[arg(long, default_value_t = 64)]
     pub batch_size: usize,
+    /// Compare at each of these batch sizes instead, to see what becomes of each norm as the batch
+    /// shrinks. The learning rate grows with the batch, linearly: --lr is for --batch-size images. Without
+    /// --limit, 10000 training images are used
+    #[arg(long, value_name = "N,…", value_delimiter = ',')]
+    pub batch_sizes: Option<Vec<usize>>,
     /// Learning rate of the stochastic gradient descent
     #[arg(long, default_value_t = 0.01)]
     pub lr: f64,
@@ -102,13 +107,21 @@ impl Args {
             bail!("--epochs should be at least 1, is 0")
         }
         check_once("--norm", &self.norms, name_of)?;
+        let (flag, sizes) = match &self.batch_sizes {
+            None => ("--batch-size", vec![self.batch_size]),
+            Some(sizes) => ("--batch-sizes", sizes.clone()),
+        };
+        check_once(flag, &sizes, usize::to_string)?;
+        let smallest = sizes.into_iter().min().unwrap_or(0);
         match self.norms.iter().find(|norm| norm.needs_a_batch()) {
-            Some(norm) if self.batch_size < 2 => bail!(
-                "--batch-size should be at least 2 for the norm {}, which needs more than one image to compare, is {}",
-                name_of(norm),
-                self.batch_size
+            Some(norm) if smallest < 2 => bail!(
+                "{flag} should be at least 2 for the norm {}, which compares the images of a batch, is {smallest}",
+                name_of(norm)
             ),
-            _ if self.batch_size == 0 => bail!("--batch-size should be at least 1, is 0"),
+            _ if smallest == 0 => bail!("{flag} should be at least 1, is 0"),
+            _ if self.batch_size == 0 => {
+                bail!("--batch-size should be at least 1, is 0: --lr is for so many images")
+            }
             _ => {}
         }
         if !(self.lr > 0.0 && self.lr.is_finite()) {
@@ -129,11 +142,9 @@ impl Args {
         if !(self.bn_eps > 0.0 && self.bn_eps.is_finite()) {
             bail!("--bn-eps should be a number above 0, is {}", self.bn_eps)
         }
-        if let Some(limit) = self.limit.filter(|&limit| limit < self.batch_size) {
-            bail!(
-                "--limit should leave at least a batch of {} images, is {limit}",
-                self.batch_size
-            )
+        let largest = self.largest_batch();
+        if let Some(limit) = self.limit.filter(|&limit| limit < largest) {
+            bail!("--limit should leave at least a batch of {largest} images, is {limit}")
         }
         if let Some(target) = self.target_acc.filter(|t| !(0.0..=100.0).contains(t)) {
             bail!("--target-acc should be a percentage from 0 to 100, is {target}")
@@ -217,6 +228,8 @@ mod tests {
                 "--norm=none,batch,none",
                 "names none twice: none,batch,none",
             ),
+            ("--batch-sizes=4,1", "at least 2 for the norm batch"),
+            ("--batch-sizes=2,4,2", "names 2 twice: 2,4,2"),
             ("--epochs=0", "at least 1"),
             ("--lr=0", "a number above 0, is 0"),
             ("--lr=-0.5", "a number above 0, is -0.5"),
@@ -236,7 +249,11 @@ mod tests {
                 "{flag}: {error}"
             );
         }
-        for good in [&["--batch-size=64"][..], &["--batch-size=1", "--norm=none"]] {
+        for good in [
+            &["--batch-size=64"][..],
+            &["--batch-size=1", "--norm=none"],
+            &["--batch-sizes=1,2", "--norm=none"],
+        ] {
             let args = ["mnist_compare"].iter().chain(good);
             Args::parse_from(args).check().unwrap();
         }

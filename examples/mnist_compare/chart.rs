@@ -119,47 +119,92 @@ pub fn tick(y: f64) -> String {
     }
 }
 
-/// Puts the legend where it hides the fewest points of `lines`.
-pub fn legend<'a, B: DrawingBackend + 'a>(chart: &mut Chart<'a, B>, lines: &[Points]) -> Result<()>
+/// Puts the legend where it hides least of the `lines`, which are those of `contenders`.
+pub fn legend<'a, B: DrawingBackend + 'a>(
+    chart: &mut Chart<'a, B>,
+    contenders: &[&Contender],
+    lines: &[Points],
+) -> Result<()>
 where
     B::ErrorType: 'static,
 {
+    let (width, height) = chart.plotting_area().dim_in_pixel();
+    let letters = contenders.iter().map(|c| c.title.chars().count()).max();
+    // What plotters makes of a font of 16 pixels, roughly.
+    let size = (
+        (60 + 8 * letters.unwrap_or(0)) as f64 / f64::from(width),
+        (15 + 21 * contenders.len()) as f64 / f64::from(height),
+    );
     let (x, y) = (chart.x_range(), chart.y_range());
+    let share = |value: f64, range: &Range<f64>| (value - range.start) / (range.end - range.start);
+    let in_shares = |&(a, b): &(f64, f64)| (share(a, &x), share(b, &y));
+    let lines = lines
+        .iter()
+        .map(|line| line.iter().map(in_shares).collect());
     chart
         .configure_series_labels()
         .label_font(("sans-serif", 16))
         .background_style(WHITE.mix(0.85))
         .border_style(BLACK.mix(0.3))
-        .position(legend_corner(lines, x, y))
+        .position(legend_place(&lines.collect::<Vec<_>>(), size))
         .draw()?;
     Ok(())
 }
 
-/// Losses fall and accuracies rise, so that most often the right-hand side is empty above or below.
-fn legend_corner(lines: &[Points], x: Range<f64>, y: Range<f64>) -> SeriesLabelPosition {
-    use SeriesLabelPosition::{LowerLeft, LowerRight, UpperLeft, UpperRight};
-    let corners = [
-        (UpperRight, true, true),
-        (LowerRight, true, false),
-        (LowerLeft, false, false),
-        (UpperLeft, false, true),
+/// Lines and size in shares of the chart. Losses fall and accuracies rise, so that most often the
+/// right-hand side is empty above or below: these places come first.
+fn legend_place(lines: &[Points], (width, height): (f64, f64)) -> SeriesLabelPosition {
+    use SeriesLabelPosition::*;
+    let (right, middle) = (1.0 - width, (1.0 - width) / 2.0);
+    let (top, centre) = (1.0 - height, (1.0 - height) / 2.0);
+    let places = [
+        (UpperRight, right, top),
+        (LowerRight, right, 0.0),
+        (LowerLeft, 0.0, 0.0),
+        (UpperLeft, 0.0, top),
+        (UpperMiddle, middle, top),
+        (LowerMiddle, middle, 0.0),
+        (MiddleRight, right, centre),
+        (MiddleLeft, 0.0, centre),
     ];
-    // The legend grows with the lines that it names.
-    let height = 0.2 + 0.06 * lines.len() as f64;
-    let share = |value: f64, range: &Range<f64>, from_end: bool| {
-        let share = (value - range.start) / (range.end - range.start);
-        if from_end {
-            share
-        } else {
-            1.0 - share
-        }
+    const STEPS: i32 = 16;
+    let along = |ends: &[(f64, f64)]| {
+        let ((x0, y0), (x1, y1)) = (ends[0], ends[1]);
+        let at = move |i: i32| f64::from(i) / f64::from(STEPS);
+        (0..=STEPS).map(move |i| (x0 + at(i) * (x1 - x0), y0 + at(i) * (y1 - y0)))
     };
-    let hidden = |right: bool, upper: bool| {
-        let points = lines.iter().flatten();
-        let inside = points
-            .filter(|(a, b)| share(*a, &x, right) > 0.6 && share(*b, &y, upper) > 1.0 - height);
-        inside.count()
+    let on_lines = lines
+        .iter()
+        .flat_map(|line| line.windows(2).flat_map(along));
+    let points: Points = on_lines.chain(lines.iter().flatten().copied()).collect();
+    let hidden = |left: f64, bottom: f64| {
+        let inside = |&&(x, y): &&(f64, f64)| {
+            (left..=left + width).contains(&x) && (bottom..=bottom + height).contains(&y)
+        };
+        points.iter().filter(inside).count()
     };
-    let best = corners.into_iter().min_by_key(|&(_, r, u)| hidden(r, u));
-    best.map_or(UpperRight, |(corner, ..)| corner)
+    let best = places
+        .into_iter()
+        .min_by_key(|&(_, left, bottom)| hidden(left, bottom));
+    best.map_or(UpperRight, |(place, ..)| place)
+}
+
+#[cfg(test)]
+mod tests {
+    use super::*;
+
+    #[test]
+    fn the_legend_stands_where_no_line_is() {
+        let place = |lines: &[&[(f64, f64)]]| {
+            let lines: Vec<Points> = lines.iter().map(|line| line.to_vec()).collect();
+            format!("{:?}", legend_place(&lines, (0.3, 0.3)))
+        };
+        let (falling, rising) = ([(0.1, 0.9), (0.9, 0.1)], [(0.1, 0.1), (0.9, 0.9)]);
+        assert_eq!(place(&[&falling]), "UpperRight");
+        assert_eq!(place(&[&rising]), "LowerRight");
+        assert_eq!(place(&[&falling, &rising]), "UpperMiddle");
+        // Between its points a line counts, too.
+        let across = [(0.6, 0.9), (1.1, 0.9)];
+        assert_eq!(place(&[&across, &[(0.9, 0.1)]]), "LowerLeft");
+    }
 }

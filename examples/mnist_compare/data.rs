@@ -98,7 +98,7 @@ impl Dataset {
     pub fn check(&self, batch_size: usize) -> Result<()> {
         if self.train.len() < batch_size {
             bail!(
-                "--batch-size should be at most the number of training images, {}, is {batch_size}",
+                "a batch should be at most all training images, {}, is {batch_size}",
                 self.train.len()
             )
         }
@@ -135,9 +135,9 @@ pub fn shuffled(count: usize, seed: u64, epoch: usize) -> Vec<usize> {
 /// in), drawn digits. A folder that was named has to serve.
 pub fn load(args: &Args) -> Result<Dataset> {
     let mut data = find(args)?;
-    if let Some(limit) = args.limit {
+    if let Some(limit) = args.most_images() {
         data.train.truncate(limit);
-        data.test.truncate((limit / 6).max(args.batch_size));
+        data.test.truncate((limit / 6).max(args.largest_batch()));
     }
     Ok(data)
 }

@@ -103,5 +103,6 @@ where
     for (record, points) in records.iter().zip(&lines) {
         line(&mut chart, &record.contender, points)?;
     }
-    legend(&mut chart, &lines)
+    let contenders: Vec<_> = records.iter().map(|r| &r.contender).collect();
+    legend(&mut chart, &contenders, &lines)
 }

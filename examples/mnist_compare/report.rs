@@ -2,7 +2,6 @@
 
 use std::fmt::Write;
 use std::path::Path;
-use std::process::ExitCode;
 
 use anyhow::Result;
 use serde_json::Value;
@@ -117,11 +116,8 @@ pub fn table(records: &[Record]) -> String {
     }
     line("epochs", &|record| record.history.len().to_string());
     line("time per epoch", &|record| {
-        let seconds: f64 = record.history.iter().map(|e| e.seconds).sum();
-        match record.history.len() {
-            0 => "–".into(),
-            epochs => format!("{:.2} s", seconds / epochs as f64),
-        }
+        let seconds = seconds_per_epoch(&record.history);
+        seconds.map_or("–".into(), |seconds| format!("{seconds:.2} s"))
     });
     line("epochs to 97 % test accuracy", &|record| {
         let first = record
@@ -133,28 +129,12 @@ pub fn table(records: &[Record]) -> String {
     table
 }
 
-fn percent(fraction: f64) -> String {
-    format!("{:.2} %", fraction * 100.0)
+/// Of training, on average.
+pub fn seconds_per_epoch(history: &[Epoch]) -> Option<f64> {
+    let seconds: f64 = history.iter().map(|epoch| epoch.seconds).sum();
+    (!history.is_empty()).then(|| seconds / history.len() as f64)
 }
 
-/// Fails if a model ended below the target (in percent).
-pub fn verdict(records: &[Record], target: Option<f64>) -> ExitCode {
-    let Some(target) = target else {
-        return ExitCode::SUCCESS;
-    };
-    let mut code = ExitCode::SUCCESS;
-    for record in records {
-        let last = record
-            .history
-            .last()
-            .map_or(0.0, |epoch| epoch.test_accuracy * 100.0);
-        if last < target {
-            println!(
-                "{}: test accuracy {last:.2} % is below the target of {target} %",
-                record.contender.title
-            );
-            code = ExitCode::FAILURE;
-        }
-    }
-    code
+pub fn percent(fraction: f64) -> String {
+    format!("{:.2} %", fraction * 100.0)
 }
