@@ -2,9 +2,11 @@
 
 mod common;
 
+use candle_batch_norm::layers::InstanceNormConfig;
 use candle_batch_norm::models::{
     Architecture, Dropout, DropoutKind, Model, ModelConfig, Norm, Placement,
 };
+use candle_batch_norm::ops::cross_entropy;
 use candle_core::{DType, Device, ModuleT, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 use common::{assert_close, devices, random, tensor, values};
@@ -21,7 +23,7 @@ fn build(
     let mut vars: Vec<_> = vars.data().lock().unwrap().clone().into_iter().collect();
     vars.sort_by(|a, b| a.0.cmp(&b.0));
     for (i, (name, var)) in vars.iter().enumerate() {
-        if !name.starts_with("bn") {
+        if !of_a_norm(name) {
             let fan_in = var.dims().iter().skip(1).product::<usize>().max(1) as f64;
             let start: Vec<f64> = random(i as u64, var.elem_count(), 0.0);
             let start: Vec<f64> = start.iter().map(|v| v / fan_in.sqrt()).collect();
@@ -41,8 +43,26 @@ fn images(architecture: Architecture, n: usize, device: &Device) -> Result<Tenso
     )
 }
 
-fn norms() -> [Norm; 3] {
-    [Norm::None, Norm::batch(), Norm::candle_nn()]
+fn norms() -> [Norm; 7] {
+    [
+        Norm::None,
+        Norm::batch(),
+        Norm::renorm(),
+        Norm::group(),
+        Norm::layer(),
+        Norm::instance(),
+        Norm::candle_nn(),
+    ]
+}
+
+/// Whether a variable belongs to a norm.
+fn of_a_norm(name: &str) -> bool {
+    name.starts_with("bn") || name.starts_with("norm")
+}
+
+/// Whether a variable is learned.
+fn is_trained(name: &str) -> bool {
+    !name.contains("running") && !name.contains("num_batches")
 }
 
 #[test]
@@ -57,7 +77,7 @@ fn every_parameter_gets_a_gradient() -> Result<()> {
                     let labels = Tensor::new(&[1u32, 2, 3], &device)?;
                     let loss = candle_nn::loss::cross_entropy(&logits, &labels)?;
                     let grads = loss.backward()?;
-                    for (name, var) in vars.iter().filter(|(name, _)| !name.contains("running")) {
+                    for (name, var) in vars.iter().filter(|(name, _)| is_trained(name)) {
                         let what = format!("{architecture:?} {norm:?} {placement:?} {name}");
                         let grad = grads
                             .get(var)
@@ -81,18 +101,139 @@ fn what_models_share_has_one_name_and_shape() -> Result<()> {
                 .map(|(name, var)| (name, var.dims().to_vec()))
                 .collect())
         };
-        let [plain, fused, candle] = norms().map(shapes);
-        let (plain, fused) = (plain?, fused?);
-        assert_eq!(fused, candle?);
-        let without_bn: Vec<_> = fused
-            .iter()
-            .filter(|(name, _)| !name.starts_with("bn"))
-            .cloned()
-            .collect();
-        assert_eq!(plain, without_bn);
-        assert!(fused.len() > plain.len());
+        let plain = shapes(Norm::None)?;
+        assert_eq!(shapes(Norm::batch())?, shapes(Norm::candle_nn())?);
+        for norm in norms() {
+            let all = shapes(norm.clone())?;
+            let shared: Vec<_> = all
+                .into_iter()
+                .filter(|(name, _)| !of_a_norm(name))
+                .collect();
+            assert_eq!(plain, shared, "{norm:?}");
+        }
     }
     Ok(())
+}
+
+#[test]
+fn norms_have_their_variables() -> Result<()> {
+    let parameters = |norm| -> Result<Vec<String>> {
+        let (_, vars) = build(Architecture::Cnn, norm, Placement::default(), &Device::Cpu)?;
+        let names = vars.into_iter().map(|(name, _)| name);
+        Ok(names
+            .filter(|name| of_a_norm(name) && is_trained(name))
+            .collect())
+    };
+    let named = |start: &str, layers: &[usize]| -> Vec<String> {
+        let of = |i| ["bias", "weight"].map(|parameter| format!("{start}{i}.{parameter}"));
+        layers.iter().flat_map(of).collect()
+    };
+    assert_eq!(parameters(Norm::renorm())?, named("bn", &[1, 2, 3]));
+    assert_eq!(parameters(Norm::group())?, named("norm", &[1, 2, 3]));
+    assert_eq!(parameters(Norm::layer())?, named("norm", &[1, 2, 3]));
+    // The third is dense.
+    assert_eq!(parameters(Norm::instance())?, named("norm", &[1, 2]));
+    Ok(())
+}
+
+/// A step downhill on the batch that it was taken on, which is short enough to help.
+#[test]
+fn a_step_of_training_lowers_the_loss() -> Result<()> {
+    for device in devices() {
+        for norm in norms() {
+            for placement in [Placement::BeforeActivation, Placement::AfterActivation] {
+                let (model, vars) = build(Architecture::Cnn, norm.clone(), placement, &device)?;
+                let x = images(Architecture::Cnn, 6, &device)?;
+                let labels = Tensor::new(&[1u32, 2, 3, 4, 5, 6], &device)?;
+                let loss = || cross_entropy(&model.forward_t(&x, true)?, &labels);
+                let before = loss()?;
+                let grads = before.backward()?;
+                for (_, var) in &vars {
+                    if let Some(grad) = grads.get(var) {
+                        var.set(&(var.as_tensor() - (grad * 1e-3)?)?)?;
+                    }
+                }
+                let (before, after) = (values(&before)?[0], values(&loss()?)?[0]);
+                assert!(after < before, "{norm:?} {placement:?}: {before} {after}");
+            }
+        }
+    }
+    Ok(())
+}
+
+/// The same networks from the layers' parts: each norm's logits by hand, from its definition.
+#[test]
+fn norms_normalise_what_they_say() -> Result<()> {
+    let x = images(Architecture::Cnn, 3, &Device::Cpu)?;
+    let logits = |norm: Norm| -> Result<Vec<f64>> {
+        let (model, _) = build(Architecture::Cnn, norm, Placement::default(), &Device::Cpu)?;
+        values(&model.forward_t(&x, true)?)
+    };
+    let (_, vars) = build(
+        Architecture::Cnn,
+        Norm::None,
+        Placement::default(),
+        &Device::Cpu,
+    )?;
+    let var = |name: &str| {
+        let found = vars.iter().find(|(other, _)| other == name);
+        found.unwrap().1.as_tensor().clone()
+    };
+    // Weights of 1 and biases of 0 are left out.
+    let normalised = |x: &Tensor, groups: usize| -> Result<Tensor> {
+        let rows = x.reshape((x.dim(0)? * groups, ()))?;
+        let centred = rows.broadcast_sub(&rows.mean_keepdim(1)?)?;
+        let var = centred.sqr()?.mean_keepdim(1)?;
+        centred
+            .broadcast_div(&(var + 1e-5)?.sqrt()?)?
+            .reshape(x.shape())?
+            .relu()
+    };
+    let by_hand = |groups: [usize; 3]| -> Result<Vec<f64>> {
+        let mut h = x.clone();
+        for (i, groups) in (1..).zip(&groups[..2]) {
+            let bias = var(&format!("conv{i}.bias")).reshape((1, (), 1, 1))?;
+            h = h
+                .conv2d(&var(&format!("conv{i}.weight")), 1, 1, 1, 1)?
+                .broadcast_add(&bias)?;
+            h = normalised(&h, *groups)?.max_pool2d(2)?;
+        }
+        let dense = |h: &Tensor, i: usize| -> Result<Tensor> {
+            let product = h.matmul(&var(&format!("fc{i}.weight")).t()?)?;
+            product.broadcast_add(&var(&format!("fc{i}.bias")))
+        };
+        let h = normalised(&dense(&h.flatten_from(1)?, 1)?, groups[2])?;
+        values(&dense(&h, 2)?)
+    };
+    let check = |norm: Norm, groups| -> Result<()> {
+        let what = format!("{norm:?}");
+        assert_close(&what, &logits(norm)?, &by_hand(groups)?, 1e-4, 1e-4);
+        Ok(())
+    };
+    check(Norm::group(), [8, 8, 8])?;
+    check(Norm::layer(), [1, 1, 1])?;
+    check(Norm::instance(), [32, 64, 1])
+}
+
+#[test]
+fn norms_that_do_not_fit_get_an_error() {
+    let error = |norm| {
+        let built = build(Architecture::Cnn, norm, Placement::default(), &Device::Cpu);
+        built.err().unwrap().to_string()
+    };
+    let groups = error(Norm::Group {
+        num_groups: 5,
+        config: 1e-5.into(),
+    });
+    assert!(groups.contains("divides 32 channels, got 5"), "{groups}");
+    let tracking = error(Norm::Instance(InstanceNormConfig {
+        track_running_stats: true,
+        ..Default::default()
+    }));
+    assert!(
+        tracking.contains("track_running_stats of false, got true"),
+        "{tracking}"
+    );
 }
 
 #[test]

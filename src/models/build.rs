@@ -4,7 +4,7 @@ use candle_core::{bail, Result};
 use candle_nn::{Conv2dConfig, VarBuilder};
 
 use super::{Block, Dropout, DropoutKind, Layer, ModelConfig, Norm, Placement, CLASSES};
-use crate::layers;
+use crate::layers::{self, BatchNormConfig, GroupNormConfig, InstanceNormConfig, LayerNormConfig};
 use crate::ops::Activation;
 
 /// Turns blocks into layers, and keeps what the next layer has to know.
@@ -95,29 +95,8 @@ impl<'a> Builder<'a> {
 
     fn norm_and_relu(&mut self, channels: usize) -> Result<()> {
         let before = self.config.placement == Placement::BeforeActivation;
-        self.norms += 1;
-        let vb = self.vb.pp(format!("bn{}", self.norms));
-        let norm = match &self.config.norm {
-            Norm::None => None,
-            Norm::Batch(config) => {
-                if config.max_pool.is_some() {
-                    bail!(
-                        "the pools of a model are its architecture's: expected a max_pool of None, got {:?}",
-                        config.max_pool
-                    )
-                }
-                let mut config = *config;
-                config.axis = 1; // where the model has its channels
-                if before {
-                    config.activation = Activation::Relu;
-                }
-                Some(Layer::BatchNorm(layers::batch_norm(channels, config, vb)?))
-            }
-            Norm::CandleNn(config) => Some(Layer::CandleBatchNorm(candle_nn::batch_norm(
-                channels, *config, vb,
-            )?)),
-        };
-        let relu_is_fused = before && matches!(norm, Some(Layer::BatchNorm(_)));
+        let norm = self.norm(channels)?;
+        let relu_is_fused = before && !matches!(norm, None | Some(Layer::CandleBatchNorm(_)));
         let relu = (!relu_is_fused).then_some(Layer::Relu);
         if before {
             self.layers.extend(norm);
@@ -127,5 +106,86 @@ impl<'a> Builder<'a> {
             self.layers.extend(norm);
         }
         Ok(())
+    }
+
+    /// The norm of a hidden layer, with the ReLU in it if it comes next and if the norm is this crate's.
+    fn norm(&mut self, channels: usize) -> Result<Option<Layer>> {
+        self.norms += 1;
+        let name = match self.config.norm {
+            Norm::Batch(_) | Norm::CandleNn(_) => "bn",
+            _ => "norm",
+        };
+        let vb = self.vb.pp(format!("{name}{}", self.norms));
+        let activation = |own| match self.config.placement {
+            Placement::BeforeActivation => Activation::Relu,
+            Placement::AfterActivation => own,
+        };
+        let of_images = self.shape.len() > 1;
+        Ok(Some(match &self.config.norm {
+            Norm::None => return Ok(None),
+            Norm::Batch(config) => {
+                if config.max_pool.is_some() {
+                    bail!(
+                        "the pools of a model are its architecture's: expected a max_pool of None, got {:?}",
+                        config.max_pool
+                    )
+                }
+                let config = BatchNormConfig {
+                    axis: 1, // where the model has its channels
+                    activation: activation(config.activation),
+                    ..*config
+                };
+                Layer::BatchNorm(layers::batch_norm(channels, config, vb)?)
+            }
+            Norm::Group { num_groups, config } => {
+                let config = GroupNormConfig {
+                    activation: activation(config.activation),
+                    ..*config
+                };
+                Layer::GroupNorm(layers::group_norm(*num_groups, channels, config, vb)?)
+            }
+            Norm::Layer(config) => {
+                let config = GroupNormConfig {
+                    activation: activation(config.activation),
+                    ..*config
+                };
+                match of_images {
+                    true => Layer::GroupNorm(layers::group_norm(1, channels, config, vb)?),
+                    false => Layer::LayerNorm(layers::layer_norm(channels, dense(config), vb)?),
+                }
+            }
+            Norm::Instance(config) => {
+                if config.track_running_stats {
+                    bail!("a model's instance norm keeps no statistics: expected track_running_stats of false, got true")
+                }
+                let config = InstanceNormConfig {
+                    activation: activation(config.activation),
+                    ..*config
+                };
+                let alone = LayerNormConfig {
+                    eps: config.eps,
+                    affine: false,
+                    activation: config.activation,
+                    ..Default::default()
+                };
+                match of_images {
+                    true => Layer::InstanceNorm(layers::instance_norm(channels, config, vb)?),
+                    false => Layer::LayerNorm(layers::layer_norm(channels, alone, vb)?),
+                }
+            }
+            Norm::CandleNn(config) => {
+                Layer::CandleBatchNorm(candle_nn::batch_norm(channels, *config, vb)?)
+            }
+        }))
+    }
+}
+
+/// Of the features of a dense layer, as one group.
+fn dense(config: GroupNormConfig) -> LayerNormConfig {
+    LayerNormConfig {
+        eps: config.eps,
+        affine: config.affine,
+        activation: config.activation,
+        ..Default::default()
     }
 }

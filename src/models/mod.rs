@@ -1,4 +1,4 @@
-//! The networks of the with/without batch-norm comparison, each from one definition.
+//! The networks of the comparison with, without and among normalisations, each from one definition.
 //!
 //! Every model is a [`Model`]: a list of blocks that [`Architecture`] writes down once, in which
 //! [`Norm`] decides what stands in the place of the normalisation. Two models that differ only in
@@ -16,7 +16,7 @@
 //! Convolutions are 3×3 with padding 1, pools are 2×2 maxima, and every hidden layer is followed by
 //! a normalisation (if there is one) and a ReLU, in the order that [`Placement`] says. The names of
 //! the variables are `conv1.weight`, `bn1.running_mean`, `fc2.bias` and so on, as a PyTorch module
-//! with these attributes would have them.
+//! with these attributes would have them; norms that are no batch norms are called `norm1`, `norm2`, ….
 //!
 //! ```
 //! use candle_batch_norm::models::{Architecture, Model, ModelConfig, Norm};
@@ -39,20 +39,38 @@ mod dropout;
 use candle_core::{bail, Module, ModuleT, Result, Tensor};
 use candle_nn::VarBuilder;
 
-use crate::layers::{self, BatchNormConfig, Conv2d};
+use crate::layers::{
+    self, BatchNormConfig, Conv2d, GroupNormConfig, InstanceNormConfig, RenormSchedule,
+};
 use crate::ops::{max_pool2d, relu};
 use build::Builder;
 pub use dropout::{Dropout, DropoutKind};
 
-/// What stands in the place of the normalisation.
+/// What stands in the place of the normalisation. A ReLU that follows one of this crate's is fused into it.
 #[derive(Debug, Clone, PartialEq, Default)]
 pub enum Norm {
     /// Nothing: the plain network.
     #[default]
     None,
-    /// This crate's [`BatchNorm`](layers::BatchNorm). A ReLU that follows it is fused into it. Its `axis`
-    /// is the model's.
+    /// This crate's [`BatchNorm`](layers::BatchNorm), or batch renormalisation if there is a `renorm`. Its
+    /// `axis` is the model's.
     Batch(BatchNormConfig),
+    /// [`GroupNorm`](layers::GroupNorm): each image in groups of channels, after a dense layer in groups of
+    /// features.
+    Group {
+        /// Has to divide the channels and features of every hidden layer.
+        num_groups: usize,
+        /// Of all layers.
+        config: GroupNormConfig,
+    },
+    /// All of a sample's values together: on images [`GroupNorm`](layers::GroupNorm) with one group, so that
+    /// weight and bias are `[c]`, as Wu and He 2018 compare it (<https://arxiv.org/abs/1803.08494>, section
+    /// 3.1); after a dense layer [`LayerNorm`](layers::LayerNorm).
+    Layer(GroupNormConfig),
+    /// On images [`InstanceNorm`](layers::InstanceNorm): each channel of each image by itself. After a dense
+    /// layer, where a channel has one value, a sample's features together and without weight and bias, which
+    /// is what PyTorch's `InstanceNorm1d` does with two dimensions.
+    Instance(InstanceNormConfig),
     /// candle-nn's own layer, to compare against. It takes `eps`, `affine` and `momentum` from here.
     CandleNn(candle_nn::BatchNormConfig),
 }
@@ -61,6 +79,35 @@ impl Norm {
     /// This crate's batch normalisation with PyTorch's defaults.
     pub fn batch() -> Self {
         Self::Batch(BatchNormConfig::default())
+    }
+
+    /// This crate's batch renormalisation with the schedule of the paper.
+    pub fn renorm() -> Self {
+        Self::Batch(BatchNormConfig {
+            renorm: Some(RenormSchedule::default()),
+            ..Default::default()
+        })
+    }
+
+    /// Group norm with 8 groups, which divide the channels and features of every [`Architecture`].
+    pub fn group() -> Self {
+        Self::Group {
+            num_groups: 8,
+            config: GroupNormConfig::default(),
+        }
+    }
+
+    /// Layer norm with PyTorch's defaults.
+    pub fn layer() -> Self {
+        Self::Layer(GroupNormConfig::default())
+    }
+
+    /// Instance norm with weight and bias, which are not PyTorch's default, and the rest of its defaults.
+    pub fn instance() -> Self {
+        Self::Instance(InstanceNormConfig {
+            affine: true,
+            ..Default::default()
+        })
     }
 
     /// candle-nn's batch normalisation with its defaults, which are PyTorch's too.
@@ -177,6 +224,9 @@ enum Layer {
     Conv(Conv2d),
     Linear(layers::Linear),
     BatchNorm(layers::BatchNorm),
+    GroupNorm(layers::GroupNorm),
+    LayerNorm(layers::LayerNorm),
+    InstanceNorm(layers::InstanceNorm),
     CandleBatchNorm(candle_nn::BatchNorm),
     Relu,
     MaxPool,
@@ -190,6 +240,9 @@ impl ModuleT for Layer {
             Self::Conv(conv) => conv.forward(x),
             Self::Linear(linear) => linear.forward(x),
             Self::BatchNorm(bn) => bn.forward_t(x, train),
+            Self::GroupNorm(norm) => norm.forward(x),
+            Self::LayerNorm(norm) => norm.forward(x),
+            Self::InstanceNorm(norm) => norm.forward_t(x, train),
             Self::CandleBatchNorm(bn) => bn.forward_t(x, train),
             Self::Relu => relu(x),
             Self::MaxPool => max_pool2d(x, 2),
