@@ -55,6 +55,9 @@ fn colour(norm: NormArg) -> RGBColor {
         NormArg::None => RGBColor(213, 94, 0),
         NormArg::Batch => RGBColor(0, 114, 178),
         NormArg::Renorm => RGBColor(86, 180, 233),
+        NormArg::Group => RGBColor(0, 158, 115),
+        NormArg::Layer => RGBColor(204, 121, 167),
+        NormArg::Instance => RGBColor(230, 159, 0),
         NormArg::Candle => BLACK,
     }
 }
@@ -74,7 +77,10 @@ fn form(norm: NormArg) -> Vec<Pixel> {
         NormArg::None => polygon(4, 6.0, 45.0),
         NormArg::Batch => polygon(16, 5.0, 0.0),
         NormArg::Renorm => polygon(4, 7.0, 0.0),
-        NormArg::Candle => polygon(3, 7.0, 0.0),
+        NormArg::Group => polygon(3, 7.0, 0.0),
+        NormArg::Layer => polygon(3, 7.0, 180.0),
+        NormArg::Instance => polygon(6, 6.0, 0.0),
+        NormArg::Candle => polygon(3, 7.0, 90.0),
     }
 }
 

@@ -1,6 +1,6 @@
 //! The networks that are compared: which normalisation each has, and what it is called.
 
-use candle_batch_norm::layers::RenormSchedule;
+use candle_batch_norm::layers::{InstanceNormConfig, RenormSchedule};
 use candle_batch_norm::models::Norm;
 use candle_batch_norm::BatchNormConfig;
 use clap::ValueEnum;
@@ -15,6 +15,12 @@ pub enum NormArg {
     Batch,
     /// This crate's batch renormalisation (Ioffe 2017), its limits widened by step 400
     Renorm,
+    /// This crate's group norm, in 8 groups of channels
+    Group,
+    /// This crate's layer norm: all of an image together
+    Layer,
+    /// This crate's instance norm: each channel of an image by itself
+    Instance,
     /// candle-nn's batch norm
     Candle,
 }
@@ -33,6 +39,15 @@ impl NormArg {
             Self::Renorm => Norm::Batch(BatchNormConfig {
                 renorm: Some(renorm_schedule()),
                 ..batch
+            }),
+            Self::Group => Norm::Group {
+                num_groups: Norm::GROUPS,
+                config: args.bn_eps.into(),
+            },
+            Self::Layer => Norm::Layer(args.bn_eps.into()),
+            Self::Instance => Norm::Instance(InstanceNormConfig {
+                affine: true,
+                ..args.bn_eps.into()
             }),
             Self::Candle => Norm::CandleNn(candle_nn::BatchNormConfig {
                 eps: args.bn_eps,

@@ -275,27 +275,23 @@ mod tests {
     #[test]
     fn all_models_start_alike() -> Result<()> {
         for model in ["mlp", "cnn", "regularised"] {
-            let args = Args::parse_from(["mnist_compare", "--model", model]);
-            let start = |contender| Run::new(&args, contender, &Device::Cpu);
-            let [without, with] = [0, 1].map(|i| start(args.contenders().remove(i)));
-            let (without, with) = (without?, with?);
-            let with = with.vars.data().lock().unwrap();
-            let mut shared = 0;
-            for (name, var) in sorted(&without.vars) {
-                let other = with[&name].flatten_all()?.to_vec1::<f32>()?;
+            let all = "none,batch,renorm,group,layer,instance,candle";
+            let args = Args::parse_from(["mnist_compare", "--model", model, "--norm", all]);
+            let runs = args.contenders().into_iter();
+            let runs = runs.map(|contender| Run::new(&args, contender, &Device::Cpu));
+            let runs = runs.collect::<Result<Vec<_>>>()?;
+            let shared = sorted(&runs[0].vars);
+            assert!(shared.len() >= 6);
+            for (name, var) in shared {
                 let values = var.flatten_all()?.to_vec1::<f32>()?;
-                assert_eq!(values, other, "{model} {name}");
-                assert!(
-                    values.iter().any(|&v| v != values[0]),
-                    "{model} {name} is constant"
-                );
-                shared += 1;
+                let what = format!("{model} {name}");
+                assert!(values.iter().any(|&v| v != values[0]), "{what} is constant");
+                for run in &runs[1..] {
+                    let other = run.vars.data().lock().unwrap()[&name].clone();
+                    let other = other.flatten_all()?.to_vec1::<f32>()?;
+                    assert_eq!(values, other, "{what} of {}", run.record.contender.title);
+                }
             }
-            assert!(
-                shared >= 6 && with.len() > shared,
-                "{model}: {shared} of {}",
-                with.len()
-            );
         }
         Ok(())
     }

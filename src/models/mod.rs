@@ -89,10 +89,13 @@ impl Norm {
         })
     }
 
-    /// Group norm with 8 groups, which divide the channels and features of every [`Architecture`].
+    /// The groups of [`Norm::group`]: they divide the channels and features of every [`Architecture`].
+    pub const GROUPS: usize = 8;
+
+    /// Group norm with [`Norm::GROUPS`] and PyTorch's defaults.
     pub fn group() -> Self {
         Self::Group {
-            num_groups: 8,
+            num_groups: Self::GROUPS,
             config: GroupNormConfig::default(),
         }
     }
