@@ -69,7 +69,7 @@ pub enum Norm {
     Layer(GroupNormConfig),
     /// On images [`InstanceNorm`](layers::InstanceNorm): each channel of each image by itself. After a dense
     /// layer, where a channel has one value, a sample's features together and without weight and bias, which
-    /// is what PyTorch's `InstanceNorm1d` does with two dimensions.
+    /// is what PyTorch's `InstanceNorm1d` does with two dimensions. There are no running statistics.
     Instance(InstanceNormConfig),
     /// candle-nn's own layer, to compare against. It takes `eps`, `affine` and `momentum` from here.
     CandleNn(candle_nn::BatchNormConfig),
