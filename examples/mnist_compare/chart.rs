@@ -116,15 +116,6 @@ pub fn range(lines: &[Points]) -> Range<f64> {
     low - margin..high + margin
 }
 
-/// The label of a tick. A loss that runs away would not fit in plain digits.
-pub fn tick(y: f64) -> String {
-    match y.abs() >= 1e5 {
-        true => format!("{y:.1e}"),
-        // Rounding first spares the labels the noise of the last bits.
-        false => ((y * 1e6).round() / 1e6).to_string(),
-    }
-}
-
 /// Puts the legend where it hides least of the `lines`, which are those of `contenders`.
 pub fn legend<'a, B: DrawingBackend + 'a>(
     chart: &mut Chart<'a, B>,

@@ -4,7 +4,7 @@ use anyhow::Result;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
-use crate::chart::{legend, line, range, tick, Picture, Points};
+use crate::chart::{legend, line, range, Picture, Points};
 use crate::train::{Epoch, Record};
 
 pub struct FourPanels<'a> {
@@ -105,4 +105,13 @@ where
     }
     let contenders: Vec<_> = records.iter().map(|r| &r.contender).collect();
     legend(&mut chart, &contenders, &lines)
+}
+
+/// The label of a tick. A loss that runs away would not fit in plain digits.
+fn tick(y: f64) -> String {
+    match y.abs() >= 1e5 {
+        true => format!("{y:.1e}"),
+        // Rounding first spares the labels the noise of the last bits.
+        false => ((y * 1e6).round() / 1e6).to_string(),
+    }
 }

@@ -7,7 +7,7 @@ use anyhow::Result;
 use plotters::coord::Shift;
 use plotters::prelude::*;
 
-use crate::chart::{self, legend, line, range, tick, Picture, Points};
+use crate::chart::{self, legend, line, range, Picture, Points};
 use crate::config::Config;
 use crate::norms::Contender;
 use crate::report::{histories, percent, seconds_per_epoch, write_json};
@@ -115,6 +115,14 @@ impl Sweep<'_> {
     }
 }
 
+/// Shown for an error of 0, which a logarithmic axis has no place for. In percent, one of MNIST's 10000.
+const LEAST_ERROR: f64 = 0.01;
+
+fn two_digits(value: f64) -> String {
+    let digits = 1 - value.log10().floor() as i32;
+    format!("{value:.*}", digits.clamp(0, 3) as usize)
+}
+
 impl Picture for Sweep<'_> {
     const SIZE: (u32, u32) = (900, 600);
 
@@ -125,7 +133,8 @@ impl Picture for Sweep<'_> {
         let points = |contender| {
             let points = self.comparisons.iter().filter_map(|comparison| {
                 let error = 100.0 - 100.0 * comparison.last(contender)?.test_accuracy;
-                Some(((comparison.batch_size as f64).log2(), error))
+                let error = error.max(LEAST_ERROR);
+                Some(((comparison.batch_size as f64).log2(), error.log2()))
             });
             let mut points: Points = points.collect();
             points.sort_by(|a, b| a.0.total_cmp(&b.0));
@@ -156,7 +165,7 @@ impl Picture for Sweep<'_> {
             })
             .label_style(("sans-serif", 16))
             .axis_desc_style(("sans-serif", 17))
-            .y_label_formatter(&|y| tick(*y))
+            .y_label_formatter(&|y| two_digits(y.exp2()))
             .light_line_style(WHITE)
             .draw()?;
         for (contender, points) in self.contenders.iter().zip(&lines) {
@@ -243,6 +252,12 @@ batch_size,lr,none.test_accuracy,none.seconds,batch.test_accuracy,batch.seconds,
 ";
             assert_eq!(csv, expected);
         });
+    }
+
+    #[test]
+    fn labels_have_two_digits() {
+        let labels = [0.05, 0.5, 2.0, 2.8284, 22.6, 100.0].map(two_digits);
+        assert_eq!(labels, ["0.050", "0.50", "2.0", "2.8", "23", "100"]);
     }
 
     /// A marker of the chart's is a polygon; a legend has one for each line, too.
