@@ -186,8 +186,8 @@ mod tests {
     use super::*;
     use crate::norms::NormArg;
 
-    fn record(contender: &Contender, test_accuracy: f64) -> Record {
-        let epoch = |seconds| Epoch {
+    fn record(contender: &Contender, last_accuracy: f64) -> Record {
+        let epoch = |test_accuracy, seconds| Epoch {
             train_loss: 0.5,
             train_accuracy: 0.8,
             test_loss: 0.4,
@@ -196,7 +196,7 @@ mod tests {
         };
         Record {
             contender: contender.clone(),
-            history: vec![epoch(2.0), epoch(4.0)],
+            history: vec![epoch(0.0, 2.0), epoch(last_accuracy, 4.0)],
         }
     }
 
