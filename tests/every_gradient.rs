@@ -7,7 +7,7 @@ use candle_batch_norm::layers::{
     InstanceNormConfig, LayerNormConfig,
 };
 use candle_batch_norm::{backward, batch_norm, Activation, BatchNormConfig, RenormSchedule};
-use candle_core::{DType, Device, ModuleT, Result, Tensor};
+use candle_core::{DType, Device, ModuleT, Result};
 use candle_nn::{VarBuilder, VarMap};
 use common::{devices, random, tensor, values};
 
