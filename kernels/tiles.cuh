@@ -46,49 +46,60 @@ template <typename T> using RaggedPlanes = Layout<T, WIDE / sizeof(T), true, tru
 template <typename T> using Columns = Layout<T, sizeof(T) == 8 ? 2 : 4, false, false>;
 template <typename T> using OddColumns = Layout<T, 1, false, false>;
 
-// A tile, in numbers of which the whole block has the same.
+// A tile, in numbers of which all of its threads but for `thread` have the same.
 template <typename L> struct Tile {
   int64_t first;    // channel
+  int64_t begin;    // offset of its first value
   int count;        // channels
   int64_t vectors;  // of a row
   int stride;       // vectors between two of a thread
+  int thread;       // of those that share the tile
 
-  __device__ Tile(const Problem &p, int64_t index) {
+  __device__ Tile(const Problem &p, int64_t index)
+      : Tile(p, index, static_cast<int>(threadIdx.x), static_cast<int>(blockDim.x)) {}
+
+  __device__ Tile(const Problem &p, int64_t index, int thread, int threads) : thread(thread) {
     first = index * p.channels;
+    begin = first * p.s;
     count = L::ONE ? 1 : static_cast<int>(smaller<int64_t>(p.channels, p.c - first));
     // A ragged row that begins with the last value of a vector has one vector more.
     vectors = L::RAGGED ? (p.s + 2 * L::V - 2) / L::V : count * p.s / L::V;
-    const int threads = static_cast<int>(blockDim.x);
     stride = L::ONE ? threads : threads / static_cast<int>(vectors) * static_cast<int>(vectors);
   }
-  __device__ bool has_work() const { return static_cast<int>(threadIdx.x) < stride; }
+  __device__ bool has_work() const { return thread < stride; }
 };
 
 // The vectors of one thread in one part of a tile.
 template <typename L> struct Walk {
   int left;        // vectors that there are still
+  int64_t line;    // row
   int64_t row;     // offset of the first value of the row in this tile
   int64_t column;  // vector in the row
 
   __device__ Walk(const Problem &p, const Tile<L> &tile, int split) {
     const int64_t part = L::ONE ? p.part : p.part * tile.vectors;
     const int64_t begin = part * split, end = smaller(p.n * tile.vectors, begin + part);
-    const int64_t first = begin + threadIdx.x;
+    const int64_t first = begin + tile.thread;
     left = 0;
     if (tile.has_work() && first < end) {
       left = static_cast<int>((end - first + tile.stride - 1) / tile.stride);
     }
     row_size = p.c * p.s;
     vectors = tile.vectors;
-    row = (first / vectors) * row_size + tile.first * p.s;
+    line = first / vectors;
+    row = line * row_size + tile.begin;
     column = first % vectors;
-    step_rows = tile.stride / vectors * row_size;
+    step_lines = tile.stride / vectors;
+    step_rows = step_lines * row_size;
     step_columns = tile.stride % vectors;
     s = p.s;
   }
 
   // Of the thread's next vector: where it begins.
   __device__ int64_t offset() const { return start() + column * L::V; }
+
+  // How far it is from the first value of the row.
+  __device__ int64_t place() const { return offset() - row; }
 
   // Which of its values are the tile's, a bit each.
   __device__ unsigned valid() const {
@@ -107,11 +118,13 @@ template <typename L> struct Walk {
 
   // Moves on, without a division.
   __device__ void next() {
+    line += step_lines;
     row += step_rows;
     if (L::ONE) { // else the stride is whole rows, and the thread keeps to its columns
       column += step_columns;
       if (column >= vectors) {
         column -= vectors;
+        ++line;
         row += row_size;
       }
     }
@@ -119,7 +132,7 @@ template <typename L> struct Walk {
   }
 
 private:
-  int64_t row_size, vectors, step_rows, step_columns, s;
+  int64_t row_size, vectors, step_lines, step_rows, step_columns, s;
 
   __device__ int64_t start() const { return L::RAGGED ? row & ~static_cast<int64_t>(L::V - 1) : row; }
 };
@@ -131,6 +144,7 @@ template <typename L> struct Chunk {
   static_assert(SIZE * L::V <= 32, "a bit for each value");
   int count;  // of vectors
   int64_t offset[SIZE];
+  int64_t line[SIZE], place[SIZE]; // their rows, and how far they are from the first values of these
   unsigned valid; // which values are the tile's, a bit each
 
   __device__ explicit Chunk(Walk<L> &walk) {
@@ -140,6 +154,8 @@ template <typename L> struct Chunk {
     for (int i = 0; i < SIZE; ++i) {
       const bool there = i < count;
       offset[i] = walk.offset();
+      line[i] = walk.line;
+      place[i] = walk.place();
       if (there) {
         valid |= walk.valid() << i * L::V;
         walk.next();

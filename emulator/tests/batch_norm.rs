@@ -2,6 +2,7 @@
 
 mod common;
 #[path = "../../src/dims.rs"]
+#[allow(dead_code)] // the tests do not use all of it
 mod dims;
 #[path = "../../src/ops/batch_norm/plan/mod.rs"]
 #[allow(dead_code)] // the tests do not use all of it

@@ -3,6 +3,7 @@
 mod cpu;
 mod host;
 mod op;
+pub mod plan;
 
 use candle_core::{bail, Result, Shape, Tensor};
 

@@ -4,8 +4,7 @@
 pub use crate::dims::Dims;
 
 pub use problem::{DTypeCode, Options, Problem};
-pub use tile::Layout;
-use tile::Tile;
+pub use tile::{Layout, Tile};
 
 mod problem;
 mod tile;
@@ -158,12 +157,17 @@ impl Plan {
 
     /// The name of a kernel for a dtype, by what it does: "stats", "forward", ….
     pub fn kernel(&self, what: &str, dtype: &str) -> String {
+        self.kernel_of("bn", what, dtype)
+    }
+
+    /// As [`kernel`](Self::kernel), of the batch norm "bn" or of the row norms "rn".
+    pub fn kernel_of(&self, norm: &str, what: &str, dtype: &str) -> String {
         let how = match self.blocks {
             Blocks::TwoPasses => "",
             Blocks::Group => "group_",
             Blocks::Cluster => "cluster_",
         };
-        format!("bn_{what}_{how}{}_{dtype}", self.layout.name())
+        format!("{norm}_{what}_{how}{}_{dtype}", self.layout.name())
     }
 
     /// Values of type `double` that the blocks leave for each other.
@@ -197,7 +201,14 @@ impl Tile {
         all.div_ceil(splits).next_multiple_of(step)
     }
 
-    fn plan(&self, direction: Direction, blocks: Blocks, splits: usize, threads: usize) -> Plan {
+    /// Launches of a given kind, whether they fit or not.
+    pub fn plan(
+        &self,
+        direction: Direction,
+        blocks: Blocks,
+        splits: usize,
+        threads: usize,
+    ) -> Plan {
         let part = self.part(splits, threads);
         let passes = match (direction, blocks) {
             (Direction::Forward, Blocks::TwoPasses) => 3,
@@ -223,7 +234,8 @@ impl Tile {
         }
     }
 
-    fn two_passes(&self, direction: Direction, limits: &Limits) -> Plan {
+    /// Launches that need no shared memory.
+    pub fn two_passes(&self, direction: Direction, limits: &Limits) -> Plan {
         let threads = THREADS[0];
         let blocks = BLOCKS_PER_MULTIPROCESSOR * limits.multiprocessors;
         let least = self.step(threads) * VECTORS_PER_THREAD;
@@ -235,7 +247,7 @@ impl Tile {
     }
 
     /// One pass, if the tiles that are under way at a time fit into shared memory.
-    fn resident(&self, direction: Direction, limits: &Limits) -> Option<Plan> {
+    pub fn resident(&self, direction: Direction, limits: &Limits) -> Option<Plan> {
         // One block on a multiprocessor, or two, so that one loads while the other waits or writes.
         let room = |blocks: usize| {
             let shared = limits.shared_per_multiprocessor / blocks - RESERVED;

@@ -78,22 +78,45 @@ impl Layout {
 
 /// What the tiles of a tensor have in common.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Tile {
+pub struct Tile {
+    /// Of their values.
     pub layout: Layout,
     /// Channels of a tile.
     pub channels: usize,
     /// Tiles of the tensor.
     pub count: usize,
-    pub rows: usize,
+    pub(super) rows: usize,
     /// Vectors of a row in a tile.
-    pub vectors: usize,
-    pub tensor_bytes: usize,
+    pub(super) vectors: usize,
+    pub(super) tensor_bytes: usize,
     value_bytes: usize,
 }
 
 impl Tile {
+    /// As a batch norm has them.
     pub fn new(dims: Dims, value_bytes: usize) -> Self {
-        let (layout, channels) = layout_of(dims, value_bytes);
+        Self::of(dims, value_bytes, layout_of(dims, value_bytes))
+    }
+
+    /// Of one channel each, however small it is.
+    pub fn of_one_channel(dims: Dims, value_bytes: usize) -> Self {
+        let layout = match dims.s.is_multiple_of(WIDE / value_bytes) {
+            true => Layout::Planes,
+            false => Layout::Ragged,
+        };
+        Self::of(dims, value_bytes, (layout, 1))
+    }
+
+    /// Of so many tensors of this size.
+    pub fn times(self, tensors: usize) -> Self {
+        Self {
+            count: self.count * tensors,
+            tensor_bytes: self.tensor_bytes * tensors,
+            ..self
+        }
+    }
+
+    fn of(dims: Dims, value_bytes: usize, (layout, channels): (Layout, usize)) -> Self {
         let v = layout.vector(value_bytes);
         Self {
             layout,
@@ -110,6 +133,7 @@ impl Tile {
         }
     }
 
+    /// Of one vector.
     pub fn vector_bytes(&self) -> usize {
         self.layout.vector(self.value_bytes) * self.value_bytes
     }

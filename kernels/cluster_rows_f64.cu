@@ -1,0 +1,4 @@
+#include "cluster.cuh"
+#include "row_norm.cuh"
+
+ROW_LAYOUTS(ROW_CLUSTER_KERNELS, f64, double)
