@@ -23,11 +23,13 @@ fn main() -> anyhow::Result<()> {
         .context("compiling kernels/*.cu needs nvcc: set CUDA_HOME, or NVCC to its path")?
         .write(out_dir.join("ptx.rs"))?;
     for dtype in ["f32", "f64", "f16", "bf16"] {
-        let path = out_dir.join(format!("cluster_{dtype}.ptx"));
-        let ptx = std::fs::read_to_string(&path)?;
-        // cudaforge asks for features that only this very architecture has, which later GPUs
-        // refuse. The kernels use none of them.
-        std::fs::write(&path, ptx.replace(".target sm_90a", ".target sm_90"))?;
+        for name in ["cluster", "cluster_rows"] {
+            let path = out_dir.join(format!("{name}_{dtype}.ptx"));
+            let ptx = std::fs::read_to_string(&path)?;
+            // cudaforge asks for features that only this very architecture has, which later GPUs
+            // refuse. The kernels use none of them.
+            std::fs::write(&path, ptx.replace(".target sm_90a", ".target sm_90"))?;
+        }
     }
     Ok(())
 }

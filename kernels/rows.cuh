@@ -83,12 +83,14 @@ template <typename L> struct Parameter {
   const void *values;
   R otherwise; // if there are none
   bool is_float;
+  bool has_vectors; // one for each of x
   int64_t first, last; // channels of the row
   int64_t s;
 
   __device__ Parameter(const RowProblem &p, const void *values, R otherwise, int64_t row)
       : values(values), otherwise(otherwise), s(p.s) {
     is_float = sizeof(T) == 2 && p.tile.params_dtype == F32;
+    has_vectors = s == 1 && !L::RAGGED && reinterpret_cast<uintptr_t>(values) % WIDE == 0;
     first = row % p.groups * p.channels;
     last = first + p.channels - 1;
   }
@@ -103,7 +105,7 @@ template <typename L> struct Parameter {
       return;
     }
     const int64_t place = chunk.place[i];
-    if (s == 1 && !L::RAGGED) {
+    if (has_vectors) {
       is_float ? take_vectors<float>(first + place, to) : take_vectors<T>(first + place, to);
       return;
     }

@@ -9,7 +9,6 @@ mod plan;
 #[path = "../../src/ops/row_norm/plan.rs"]
 #[allow(dead_code)]
 mod row_plan;
-#[path = "rows/mod.rs"]
 mod rows;
 #[path = "common/values.rs"]
 mod values;
@@ -138,7 +137,10 @@ fn half_parameters_are_right() {
     if SANITIZER == Some("thread") {
         return;
     }
-    for (which, dims) in [(9, 32, 1, 1), (9, 31, 1, 1), (2, 6, 49, 3)].into_iter().enumerate() {
+    for (which, dims) in [(9, 32, 1, 1), (9, 31, 1, 1), (2, 6, 49, 3)]
+        .into_iter()
+        .enumerate()
+    {
         check_twice::<f16, f16>(Case::new(dims, KINDS[1]).with_bits(0b0111), which);
         check_twice::<bf16, bf16>(Case::new(dims, KINDS[3]).with_bits(0b0111), which);
     }

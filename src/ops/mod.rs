@@ -5,6 +5,8 @@ mod backward;
 mod batch_norm;
 mod conv2d;
 mod cross_entropy;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod linear;
 mod loops;
 mod max_pool2d;

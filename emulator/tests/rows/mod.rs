@@ -108,6 +108,8 @@ pub struct Inputs<T, P> {
     pub dy: Vec<T>,
     pub weight: Vec<P>,
     pub bias: Vec<P>,
+    /// Values in front of the parameters, so that these do not begin with a vector.
+    pub skipped: usize,
 }
 
 impl<T: Value, P: Value> Inputs<T, P> {
@@ -125,6 +127,7 @@ impl<T: Value, P: Value> Inputs<T, P> {
             dy: random.tensor(numel, 0.0),
             weight: random.tensor(c, 1.0),
             bias: random.tensor(c, 0.0),
+            skipped: 0,
         }
     }
 }
@@ -190,8 +193,14 @@ pub fn run<T: Value, P: Value>(
         dparams: vec![P::from_f64(f64::NAN); 2 * c],
     };
     let (x, dy) = (Arg::slice(&inputs.x), Arg::slice(&inputs.dy));
-    let weight = Arg::optional(case.weight.then_some(&inputs.weight[..]));
-    let bias = Arg::optional(case.bias.then_some(&inputs.bias[..]));
+    let moved = [&inputs.weight, &inputs.bias].map(|values| {
+        let mut moved = vec![P::from_f64(f64::NAN); inputs.skipped];
+        moved.extend(values);
+        moved
+    });
+    let [weight, bias] = [0, 1].map(|i| &moved[i][inputs.skipped..]);
+    let weight = Arg::optional(case.weight.then_some(weight));
+    let bias = Arg::optional(case.bias.then_some(bias));
     let options = case.options::<P>();
 
     let plan = case.plan::<T>(Direction::Forward);

@@ -1,6 +1,8 @@
 //! Norms of the rows of a tensor, each by its own statistics: layer, group, instance and RMS norm.
 
 mod cpu;
+#[cfg(feature = "cuda")]
+mod cuda;
 mod host;
 mod op;
 pub mod plan;

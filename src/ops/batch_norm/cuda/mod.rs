@@ -1,32 +1,21 @@
 //! Batch norm on CUDA: which kernels are launched, and with which tensors. No maths here.
 
-use std::ffi::c_void;
-use std::ptr;
-
 use candle_core::backend::{BackendDevice, BackendStorage};
-use candle_core::cuda_backend::CudaDType;
-use candle_core::op::BackpropOp;
-use candle_core::{bail, CudaDevice, CudaStorage, DType, Result, Shape, Storage, Tensor};
-use cudarc::driver::{CudaFunction, CudaSlice, CudaView, DeviceRepr};
+use candle_core::{CudaDevice, CudaStorage, DType, Result, Shape, Tensor};
+use cudarc::driver::{CudaFunction, CudaSlice};
 
-use super::op::{BackwardTensors, BatchNormOp, Operand, Operands, TensorGrads};
-use super::plan::{self, Blocks, DTypeCode, Direction, Plan, Problem};
+use super::op::{BackwardTensors, BatchNormOp, Operands, TensorGrads};
+use super::plan::{self, Blocks, Direction, Plan, Problem};
 use super::{Activation, Spec, Wants, NAME};
+use crate::ops::cuda::{
+    address_of, aligned, code_of, cuda_storage, function, limits, optional, partials, prepare,
+    view, wrap, Args, Counters, Kernel, Module, PerChannel,
+};
 use crate::ops::slices::dispatch;
 use crate::shape::Dims;
-use device::{aligned, function, limits, Counters};
-use launch::{prepare, Args};
 pub(super) use running::move_towards;
-use tensors::{view, PerChannel};
 
-mod device;
-mod launch;
 mod running;
-mod tensors;
-
-/// A dtype that the kernels are compiled for.
-trait Kernel: CudaDType + DeviceRepr + candle_core::WithDType {}
-impl<T: CudaDType + DeviceRepr + candle_core::WithDType> Kernel for T {}
 
 fn problem(spec: &Spec, plan: &Plan, params: Option<DType>, given: Option<DType>) -> Problem {
     let options = plan::Options {
@@ -40,35 +29,6 @@ fn problem(spec: &Spec, plan: &Plan, params: Option<DType>, given: Option<DType>
     Problem::new(spec.dims, plan, &options)
 }
 
-fn code_of(dtype: DType) -> DTypeCode {
-    match dtype {
-        DType::F32 => DTypeCode::F32,
-        DType::F64 => DTypeCode::F64,
-        DType::F16 => DTypeCode::F16,
-        _ => DTypeCode::BF16,
-    }
-}
-
-fn address_of<V>(value: &V) -> *const c_void {
-    ptr::from_ref(value).cast()
-}
-
-/// Room for what the blocks of a plan leave for each other, if there is anything.
-fn partials(plan: &Plan, needs_sums: bool, device: &CudaDevice) -> Result<Option<CudaSlice<f64>>> {
-    let count = if needs_sums { plan.partials() } else { 0 };
-    // SAFETY: the kernels write every value before they read it.
-    (count > 0)
-        .then(|| unsafe { device.alloc(count) })
-        .transpose()
-}
-
-fn cuda_storage(storage: &Storage) -> Result<&CudaStorage> {
-    match storage {
-        Storage::Cuda(storage) => Ok(storage),
-        _ => bail!("batch norm expects all of its tensors on one CUDA device"),
-    }
-}
-
 fn dtype_of(operands: &Operands<CudaStorage>) -> Option<DType> {
     let (storage, _) = operands.weight.as_ref().or(operands.bias.as_ref())?;
     Some(storage.dtype())
@@ -76,7 +36,7 @@ fn dtype_of(operands: &Operands<CudaStorage>) -> Option<DType> {
 
 fn kernel<T: Kernel>(plan: &Plan, what: &str, device: &CudaDevice) -> Result<CudaFunction> {
     let name = plan.kernel(what, T::DTYPE.as_str());
-    function(device, &name, Some(plan.blocks), T::DTYPE)
+    function(device, &name, Module::BatchNorm(plan.blocks), T::DTYPE)
 }
 
 /// The plan of a launch, and its last kernel. What the device does not run as one pass takes two.
@@ -103,22 +63,6 @@ fn choose<T: Kernel>(
     let plan = Plan::two_passes(dims, size_of::<T>(), direction, &limits);
     let function = kernel::<T>(&plan, what, device)?;
     Ok((plan, function))
-}
-
-/// As [`aligned`], of a tensor that may be absent.
-fn optional<'a, T: Kernel>(
-    operand: &Option<Operand<'a, CudaStorage>>,
-    copy: &'a mut Option<CudaSlice<T>>,
-    device: &CudaDevice,
-) -> Result<Option<CudaView<'a, T>>> {
-    match operand {
-        None => Ok(None),
-        Some(operand) => Ok(Some(aligned(view::<T>(operand)?, copy, device)?)),
-    }
-}
-
-fn wrap(storage: CudaStorage, shape: impl Into<Shape>) -> Tensor {
-    Tensor::from_storage(Storage::Cuda(storage), shape, BackpropOp::none(), false)
 }
 
 /// `y`, and the mean and variance that were used: F64 `[2, c]`.

@@ -3,11 +3,8 @@
 use candle_core::backend::BackendStorage;
 use candle_core::{bail, CudaStorage, DType, Layout, Result};
 
-use super::device::function;
-use super::launch::{Args, Grid};
-use super::tensors::view;
-use super::{address_of, Kernel};
 use crate::ops::batch_norm::running::MoveTowards;
+use crate::ops::cuda::{address_of, function, view, Args, Grid, Kernel, Module};
 
 /// `running = keep·running + take·new`
 pub(in crate::ops::batch_norm) fn move_towards(
@@ -40,7 +37,7 @@ fn move_towards_as<T: Kernel>(
     let count = (end - start) as i64;
     let mut running = running.as_cuda_slice_mut::<T>()?.slice_mut(start..end);
     let name = format!("bn_running_{}", T::DTYPE.as_str());
-    let function = function(&device, &name, None, T::DTYPE)?;
+    let function = function(&device, &name, Module::Running, T::DTYPE)?;
     let threads = 256;
     let grid = Grid {
         blocks: (end - start).div_ceil(threads),

@@ -14,11 +14,11 @@ use cudarc::driver::{
     CudaFunction, CudaSlice, CudaStream, CudaView, DevicePtr, DevicePtrMut, SyncOnDrop,
 };
 
-use super::super::plan::{Limits, Plan};
+use crate::ops::plan::{Limits, Plan};
 
 /// How many blocks, and of which size.
 #[derive(Debug, Clone, Copy)]
-pub(super) struct Grid {
+pub(crate) struct Grid {
     pub blocks: usize,
     pub threads: usize,
     pub shared_bytes: usize,
@@ -45,7 +45,7 @@ impl Grid {
     fn configure<R>(&self, stream: &CudaStream, f: impl FnOnce(&CUlaunchConfig) -> R) -> Result<R> {
         let Ok(blocks) = i32::try_from(self.blocks) else {
             bail!(
-                "batch norm would need {} blocks, more than a CUDA grid has",
+                "a norm would need {} blocks, more than a CUDA grid has",
                 self.blocks
             )
         };
@@ -78,7 +78,7 @@ impl Grid {
 
 /// Lets `function` have the shared memory of `grid`, and says whether the device can run it: parts
 /// of a GPU may have fewer multiprocessors together than a cluster or a group needs.
-pub(super) fn prepare(
+pub(crate) fn prepare(
     function: &CudaFunction,
     grid: Grid,
     limits: &Limits,
@@ -125,7 +125,7 @@ pub(super) fn prepare(
 }
 
 /// The arguments of a launch, in the order of the kernel's parameters.
-pub(super) struct Args<'a> {
+pub(crate) struct Args<'a> {
     stream: &'a CudaStream,
     /// Device pointers; null where a tensor is absent.
     pointers: Vec<u64>,

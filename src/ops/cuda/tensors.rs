@@ -2,15 +2,17 @@
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaDType;
-use candle_core::{bail, CudaStorage, DType, Result};
+use candle_core::{bail, CudaStorage, DType, Layout, Result};
 use cudarc::driver::CudaView;
 use half::{bf16, f16};
 
 use super::launch::Args;
-use crate::ops::batch_norm::op::Operand;
+
+/// A tensor as a backend gets it.
+pub(crate) type Operand<'a> = (&'a CudaStorage, Layout);
 
 /// A tensor with one value per channel, in any of its dtypes.
-pub(super) enum PerChannel<'a> {
+pub(crate) enum PerChannel<'a> {
     F32(CudaView<'a, f32>),
     F64(CudaView<'a, f64>),
     F16(CudaView<'a, f16>),
@@ -18,17 +20,17 @@ pub(super) enum PerChannel<'a> {
 }
 
 impl<'a> PerChannel<'a> {
-    pub fn new(operand: &Operand<'a, CudaStorage>) -> Result<Self> {
+    pub fn new(operand: &Operand<'a>) -> Result<Self> {
         Ok(match operand.0.dtype() {
             DType::F32 => Self::F32(view(operand)?),
             DType::F64 => Self::F64(view(operand)?),
             DType::F16 => Self::F16(view(operand)?),
             DType::BF16 => Self::BF16(view(operand)?),
-            dtype => bail!("batch norm expects floating-point values per channel, got {dtype:?}"),
+            dtype => bail!("a norm expects floating-point values per channel, got {dtype:?}"),
         })
     }
 
-    pub fn of(operand: &Option<Operand<'a, CudaStorage>>) -> Result<Option<Self>> {
+    pub fn of(operand: &Option<Operand<'a>>) -> Result<Option<Self>> {
         operand.as_ref().map(Self::new).transpose()
     }
 
@@ -42,12 +44,17 @@ impl<'a> PerChannel<'a> {
         };
     }
 
-    /// What a kernel writes, in any of the dtypes.
+    /// What a kernel writes, in any of the dtypes, if anything.
     pub fn push_storage(storage: &'a mut Option<CudaStorage>, args: &mut Args<'a>) -> Result<()> {
-        let Some(storage) = storage else {
-            args.null();
-            return Ok(());
+        match storage {
+            None => args.null(),
+            Some(storage) => return Self::write(storage, args),
         };
+        Ok(())
+    }
+
+    /// What a kernel writes, in any of the dtypes.
+    pub fn write(storage: &'a mut CudaStorage, args: &mut Args<'a>) -> Result<()> {
         match storage.dtype() {
             DType::F32 => args.write(storage.as_cuda_slice_mut::<f32>()?),
             DType::F64 => args.write(storage.as_cuda_slice_mut::<f64>()?),
@@ -59,11 +66,9 @@ impl<'a> PerChannel<'a> {
 }
 
 /// The values of a contiguous tensor, from its offset on.
-pub(super) fn view<'a, T: CudaDType>(
-    (storage, layout): &Operand<'a, CudaStorage>,
-) -> Result<CudaView<'a, T>> {
+pub(crate) fn view<'a, T: CudaDType>((storage, layout): &Operand<'a>) -> Result<CudaView<'a, T>> {
     let Some((start, end)) = layout.contiguous_offsets() else {
-        bail!("batch norm expects a contiguous tensor here, got {layout:?}")
+        bail!("a norm expects a contiguous tensor here, got {layout:?}")
     };
     Ok(storage.as_cuda_slice::<T>()?.slice(start..end))
 }

@@ -8,15 +8,15 @@ use candle_core::{bail, CudaDevice, DType, Result};
 use cudarc::driver::sys::CUdevice_attribute as Attribute;
 use cudarc::driver::{CudaFunction, CudaSlice, CudaView, DevicePtr, DeviceRepr};
 
-use super::super::plan::{Blocks, Limits, Plan};
 use super::launch::Args;
+use crate::ops::plan::{Blocks, Limits, Plan};
 
 mod ptx {
     include!(concat!(env!("OUT_DIR"), "/ptx.rs"));
 }
 
 /// What the planner has to know of a device.
-pub(super) fn limits(device: &CudaDevice) -> Result<Limits> {
+pub(crate) fn limits(device: &CudaDevice) -> Result<Limits> {
     let context = device.cuda_stream().context().clone();
     let of = |attribute| -> Result<usize> { Ok(context.attribute(attribute).w()?.max(0) as usize) };
     Ok(Limits {
@@ -31,31 +31,53 @@ pub(super) fn limits(device: &CudaDevice) -> Result<Limits> {
     })
 }
 
-/// The modules of kernels: for each dtype one that any GPU from compute capability 8.0 on can run,
-/// and one for clusters.
-fn module(blocks: Option<Blocks>, dtype: DType) -> Result<(&'static str, &'static str)> {
-    Ok(match (blocks, dtype) {
-        (None, _) => ("running", ptx::RUNNING),
-        (Some(Blocks::Cluster), DType::F32) => ("cluster_f32", ptx::CLUSTER_F32),
-        (Some(Blocks::Cluster), DType::F64) => ("cluster_f64", ptx::CLUSTER_F64),
-        (Some(Blocks::Cluster), DType::F16) => ("cluster_f16", ptx::CLUSTER_F16),
-        (Some(Blocks::Cluster), DType::BF16) => ("cluster_bf16", ptx::CLUSTER_BF16),
-        (_, DType::F32) => ("f32", ptx::BATCH_NORM_F32),
-        (_, DType::F64) => ("f64", ptx::BATCH_NORM_F64),
-        (_, DType::F16) => ("f16", ptx::BATCH_NORM_F16),
-        (_, DType::BF16) => ("bf16", ptx::BATCH_NORM_BF16),
-        (_, dtype) => bail!("batch norm has no CUDA kernels for {dtype:?}"),
-    })
+/// Kernels that are compiled together: for each dtype those that any GPU from compute capability 8.0 on
+/// can run, and those for clusters.
+#[derive(Debug, Clone, Copy)]
+pub(crate) enum Module {
+    BatchNorm(Blocks),
+    Running,
+    RowNorm(Blocks),
+    RowParams,
 }
 
-/// A kernel by its name; of running statistics without `blocks`.
-pub(super) fn function(
+impl Module {
+    fn ptx(self, dtype: DType) -> Result<(&'static str, &'static str)> {
+        use Module::{BatchNorm, RowNorm, RowParams, Running};
+        Ok(match (self, dtype) {
+            (Running, _) => ("running", ptx::RUNNING),
+            (RowParams, _) => ("row_params", ptx::ROW_PARAMS),
+            (BatchNorm(Blocks::Cluster), DType::F32) => ("cluster_f32", ptx::CLUSTER_F32),
+            (BatchNorm(Blocks::Cluster), DType::F64) => ("cluster_f64", ptx::CLUSTER_F64),
+            (BatchNorm(Blocks::Cluster), DType::F16) => ("cluster_f16", ptx::CLUSTER_F16),
+            (BatchNorm(Blocks::Cluster), DType::BF16) => ("cluster_bf16", ptx::CLUSTER_BF16),
+            (BatchNorm(_), DType::F32) => ("f32", ptx::BATCH_NORM_F32),
+            (BatchNorm(_), DType::F64) => ("f64", ptx::BATCH_NORM_F64),
+            (BatchNorm(_), DType::F16) => ("f16", ptx::BATCH_NORM_F16),
+            (BatchNorm(_), DType::BF16) => ("bf16", ptx::BATCH_NORM_BF16),
+            (RowNorm(Blocks::Cluster), DType::F32) => ("cluster_rows_f32", ptx::CLUSTER_ROWS_F32),
+            (RowNorm(Blocks::Cluster), DType::F64) => ("cluster_rows_f64", ptx::CLUSTER_ROWS_F64),
+            (RowNorm(Blocks::Cluster), DType::F16) => ("cluster_rows_f16", ptx::CLUSTER_ROWS_F16),
+            (RowNorm(Blocks::Cluster), DType::BF16) => {
+                ("cluster_rows_bf16", ptx::CLUSTER_ROWS_BF16)
+            }
+            (RowNorm(_), DType::F32) => ("row_norm_f32", ptx::ROW_NORM_F32),
+            (RowNorm(_), DType::F64) => ("row_norm_f64", ptx::ROW_NORM_F64),
+            (RowNorm(_), DType::F16) => ("row_norm_f16", ptx::ROW_NORM_F16),
+            (RowNorm(_), DType::BF16) => ("row_norm_bf16", ptx::ROW_NORM_BF16),
+            (_, dtype) => bail!("norms have no CUDA kernels for {dtype:?}"),
+        })
+    }
+}
+
+/// A kernel by its name.
+pub(crate) fn function(
     device: &CudaDevice,
     name: &str,
-    blocks: Option<Blocks>,
+    module: Module,
     dtype: DType,
 ) -> Result<CudaFunction> {
-    let (module, ptx) = module(blocks, dtype)?;
+    let (module, ptx) = module.ptx(dtype)?;
     // Candle keeps modules by their names, among those of all crates.
     let module = format!("candle-batch-norm {} {module}", env!("CARGO_PKG_VERSION"));
     let function = device.get_or_load_custom_func(name, &module, ptx)?;
@@ -69,7 +91,7 @@ thread_local! {
 }
 
 /// The counters of a device, taken from their place until the launches that use them are under way.
-pub(super) struct Counters {
+pub(crate) struct Counters {
     device: DeviceId,
     /// There until the end.
     values: Option<CudaSlice<u32>>,
@@ -112,7 +134,7 @@ impl Drop for Counters {
 
 /// The values of type `T` of a tensor, as a kernel of vectors can read them: from a multiple of 16
 /// bytes on. Others are copied.
-pub(super) fn aligned<'a, T: CudaDType + DeviceRepr>(
+pub(crate) fn aligned<'a, T: CudaDType + DeviceRepr>(
     view: CudaView<'a, T>,
     copy: &'a mut Option<CudaSlice<T>>,
     device: &CudaDevice,
