@@ -109,10 +109,10 @@ template <typename L> struct Parameter {
       is_float ? take_vectors<float>(first + place, to) : take_vectors<T>(first + place, to);
       return;
     }
-    // Before and behind the row there are other rows' values, for which any parameter will do.
+    // Before and behind the row there are other rows' values, for which any parameter of this one will do.
     int64_t channel = place > 0 ? place / s : 0;
     int64_t next = (channel + 1) * s - place; // value of the vector that has the next channel
-    channel += first;
+    channel = smaller(first + channel, last);
     R value = one(channel);
 #pragma unroll
     for (int e = 0; e < L::V; ++e) {

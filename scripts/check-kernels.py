@@ -38,11 +38,38 @@ PARAMETERS = {
     "forward_group": RESIDENT_FORWARD, "backward_group": RESIDENT_BACKWARD,
     "forward_cluster": RESIDENT_FORWARD, "backward_cluster": RESIDENT_BACKWARD,
 }
-RUNNING = "{real} *running, const double *value, double keep, double take, int64_t c"
-PTX_TYPES = {"double": ".f64", "int64_t": ".u64", "Problem": ".align 8 .b8 [72]"}
+# Row norms, which src/ops/row_norm/cuda passes.
+ROW_PARAMS = "const void *weight, const void *bias, "
+ROW_FORWARD = "const T *x, " + ROW_PARAMS + "Pair *partials, unsigned *counters, T *y, double *saved, RowProblem p"
+ROW_READ = "const T *x, const T *dy, " + ROW_PARAMS + "const double *saved, "
+ROW_BACKWARD = ROW_READ + "Pair *partials, unsigned *counters, T *dx, RowProblem p"
+PARAMETERS |= {
+    "rn_stats": "const T *x, Pair *partials, RowProblem p",
+    "rn_forward": "const T *x, " + ROW_PARAMS + "const Pair *partials, T *y, double *saved, RowProblem p",
+    "rn_backward_sums": ROW_READ + "Pair *partials, RowProblem p",
+    "rn_backward": ROW_READ + "const Pair *partials, T *dx, RowProblem p",
+    "rn_param_sums": "const T *x, const T *dy, " + ROW_PARAMS + "const RowOf<real_of<T>> *rows, "
+    "Pair *partials, Problem p, int64_t groups, int64_t channels, int64_t lines",
+    **{f"rn_forward_{how}": ROW_FORWARD for how in ("lanes", "group", "cluster")},
+    **{f"rn_backward_{how}": ROW_BACKWARD for how in ("lanes", "group", "cluster")},
+}
+# Those that have no layout.
+PLAIN = {
+    "bn_running_f32": "float *running, const double *value, double keep, double take, int64_t c",
+    "bn_running_f64": "double *running, const double *value, double keep, double take, int64_t c",
+    "rn_rows_f32": "const double *saved, RowOf<float> *table, double eps, int64_t rows",
+    "rn_rows_f64": "const double *saved, RowOf<double> *table, double eps, int64_t rows",
+    "rn_params": "const Pair *partials, void *dparams, Problem p",
+}
+PTX_TYPES = {"double": ".f64", "int64_t": ".u64", "Problem": ".align 8 .b8 [72]", "RowProblem": ".align 8 .b8 [112]"}
+
+# The files of these.
+PLAIN_FILES = {"running": ["bn_running_f32", "bn_running_f64"], "row_params": ["rn_rows_f32", "rn_rows_f64", "rn_params"]}
 
 # Tensors that a kind of kernel loads and stores chunk by chunk.
-TENSORS = {"stats": (1, 0), "forward": (2, 1), "backward_sums": (3, 0), "backward": (3, 2)}
+TENSORS = {"stats": (1, 0), "forward": (2, 1), "backward_sums": (3, 0), "backward": (3, 2),
+           "rn_stats": (1, 0), "rn_forward": (1, 1), "rn_backward_sums": (2, 0), "rn_backward": (2, 1),
+           "rn_param_sums": (2, 0)}
 
 # Registers at most: by layout for dtypes that are computed in float, and for f64. Two passes: what
 # was measured with CUDA 13.0 and about a tenth more. Resident: the planner counts on two blocks of
@@ -53,12 +80,21 @@ REGISTERS = {
     "forward": {"planes": (71, 82), "ragged": (85, 91), "columns": (84, 82), "odd": (71, 88)},
     "backward_sums": {"planes": (100, 91), "ragged": (113, 106), "columns": (113, 111), "odd": (84, 117)},
     "backward": {"planes": (90, 93), "ragged": (111, 111), "columns": (105, 103), "odd": (71, 103)},
+    "rn_stats": {"planes": (101, 70), "ragged": (86, 71)},
+    "rn_forward": {"planes": (104, 91), "ragged": (91, 84)},
+    "rn_backward_sums": {"planes": (124, 113), "ragged": (110, 106)},
+    "rn_backward": {"planes": (124, 117), "ragged": (109, 108)},
+    "rn_param_sums": {"planes": (106, 110), "ragged": (117, 113), "columns": (128, 117), "odd": (106, 124)},
+    "rn_forward_lanes": {"planes": (116, 99), "ragged": (96, 88)},
+    "rn_backward_lanes": {"planes": (126, 126), "ragged": (119, 113)},
 }
 
 # Bytes of local memory that are put up with: in odd, ptxas keeps some kernels to 64 registers, which
 # let twice as many threads run, at the cost of a few spilled numbers.
 SPILLS = {f"bn_{kind}_odd_{dtype}": 24 for kind in ("forward_cluster", "backward_sums")
           for dtype in ("f32", "f16", "bf16")}
+# And a few on sm_120.
+SPILLS |= {"rn_forward_ragged_f32": 8, "rn_stats_ragged_f16": 16, "rn_stats_ragged_bf16": 16}
 
 # What the driver on such a GPU makes of our PTX; the code is read where `True`.
 PORTABLE_ON = {80: True, 86: False, 89: False, 90: True, 100: False, 120: False}
@@ -95,14 +131,22 @@ def call(*command):
 
 def kind_of(name):
     """(kind, layout, dtype) of a kernel's name."""
-    found = re.fullmatch(r"bn_(\w+?)_(planes|ragged|columns|odd)_(\w+)", name)
-    return found.groups() if found else ("running", "", name.rsplit("_", 1)[1])
+    found = re.fullmatch(r"(?:bn_)?(\w+?)_(planes|ragged|columns|odd)_(\w+)", name)
+    return found.groups() if found else (name, "", name.rsplit("_", 1)[1])
+
+
+def name_of(kind, layout, dtype):
+    return "_".join(([] if kind.startswith("rn_") else ["bn"]) + [kind, layout, dtype])
+
+
+def layouts_of(kind):
+    """Rows are tiles of one channel, but the gradients of their parameters are sums over channels."""
+    return LAYOUTS[:2] if kind.startswith("rn_") and kind != "rn_param_sums" else LAYOUTS
 
 
 def parameters(name):
     """The parameters that a kernel's source should have, and the types of those in PTX."""
-    kind, _, dtype = kind_of(name)
-    text = PARAMETERS.get(kind) or RUNNING.format(real={"f32": "float", "f64": "double"}[dtype])
+    text = PLAIN.get(name) or PARAMETERS[kind_of(name)[0]]
     return text, [".u64" if "*" in one else PTX_TYPES[one.split()[0]] for one in text.split(", ")]
 
 
@@ -126,10 +170,17 @@ def check_sources():
     cuda = [(kind, name) for kind, names in re.findall(r"(\w+_t|double) ([\w, ]+);", cuda)
             for name in names.split(", ")]
     check(rust == cuda, f"Problem differs: {rust} in problem.rs, {cuda} in tiles.cuh")
+    rows = read("kernels/rows.cuh")
+    rust = re.search(r"pub struct RowProblem \{(.*?)\}", read("src/ops/row_norm/plan.rs"), re.S)[1]
+    rust = [(fields.get(kind, "Problem"), name) for name, kind in re.findall(r"pub (\w+): ([\w:]+)", rust)]
+    cuda = re.findall(r"  (\w+) (\w+);", re.search(r"struct RowProblem \{(.*?)\n\};", rows, re.S)[1])
+    check(rust == cuda, f"RowProblem differs: {rust} in row_norm/plan.rs, {cuda} in rows.cuh")
     for path in sorted((ROOT / "kernels").glob("*.cu*")):
-        for name, text in re.findall(r"KERNEL (bn_\w+?[\w#]*)\((.*?)\)\s*\{", path.read_text(), re.S):
+        for name, text in re.findall(r"KERNEL ([br]n_\w+?[\w#]*)\((.*?)\)\s*\{", path.read_text(), re.S):
             text = " ".join(text.replace("\\", " ").replace("[[maybe_unused]]", "").split())
-            hows = ("group", "cluster") if "##how##" in name else [""]
+            hows = [""]
+            if "##how##" in name:
+                hows = ("group", "cluster") if name.startswith("bn") else ("lanes", "group", "cluster")
             for full in (name.replace("##how##", how).replace("##name", "planes_f32") for how in hows):
                 check(text == parameters(full)[0], f"{path.name}: {full} has other parameters: {text}")
     promised = re.search(r"fn static_shared_bytes.*?true => ([^,]*),.*?false => ([^,]*),", tile, re.S)
@@ -189,7 +240,7 @@ def check_code(arch, code, wide):
         v = {"odd": 1, "columns": 2 if dtype == "f64" else 4}.get(layout, wide // DTYPES[dtype])
         size = {16: r"\.128", 8: r"\.64", 4: "", 2: r"\.U16"}[v * DTYPES[dtype]]
         chunk = 8 if v == 1 else 4
-        for ops, tensors in zip(("LDG", "STG"), TENSORS[re.sub("_(group|cluster)", "", kind)]):
+        for ops, tensors in zip(("LDG", "STG"), TENSORS[re.sub("_(lanes|group|cluster)", "", kind)]):
             # STRONG is what blocks exchange, not the tensor.
             found = many(rf"{ops}\.E(\.EF)?{size}(?!.*STRONG).*")
             check(found >= tensors * chunk, f"{where}: {found} {ops} of {v * DTYPES[dtype]} bytes, expected "
@@ -199,11 +250,12 @@ def check_code(arch, code, wide):
 
 def kernels_of(source):
     """The names of the kernels that a file should have."""
-    if source == "running":
-        return [f"bn_running_{dtype}" for dtype in ("f32", "f64")]
+    if source in PLAIN_FILES:
+        return PLAIN_FILES[source]
     module, dtype = source.rsplit("_", 1)
-    kinds = [kind for kind in PARAMETERS if kind.endswith("_cluster") == (module == "cluster")]
-    return [f"bn_{kind}_{layout}_{dtype}" for kind in kinds for layout in LAYOUTS]
+    kinds = [kind for kind in PARAMETERS if kind.endswith("_cluster") == module.startswith("cluster")
+             and kind.startswith("rn_") == module.startswith(("row_", "cluster_rows"))]
+    return [name_of(kind, layout, dtype) for kind in kinds for layout in layouts_of(kind)]
 
 
 class Build:
@@ -246,15 +298,15 @@ def assemble(ptx, arch, reads_code, shared, wide):
 
 def table(registers):
     """Registers on sm_90, and in brackets where another GPU takes more."""
-    rows = [(kind, layout) for kind in PARAMETERS for layout in LAYOUTS] + [("running", "")]
-    print(f"{'registers':<26}" + "".join(f"{dtype:>12}" for dtype in DTYPES))
+    rows = [(kind, layout) for kind in PARAMETERS for layout in layouts_of(kind)]
+    print(f"{'registers':<27}" + "".join(f"{dtype:>12}" for dtype in DTYPES))
     for kind, layout in rows:
         cells = []
         for dtype in DTYPES:
-            of = registers.get("_".join(filter(None, ["bn", kind, layout, dtype])), {})
+            of = registers.get(name_of(kind, layout, dtype), {})
             h100, most = of.get(90, 0), max(of.values(), default=0)
             cells.append(f"{h100} ({most})" if most > h100 else str(h100 or ""))
-        print(f"{kind:<17} {layout:<8}" + "".join(f"{cell:>12}" for cell in cells))
+        print(f"{kind:<20}{layout:<7}" + "".join(f"{cell:>12}" for cell in cells))
 
 
 def main():
@@ -266,8 +318,9 @@ def main():
             sys.exit(f"check-kernels: needs {tool} on the PATH: scripts/cuda-toolkit.sh has it")
     shared, wide, threads = check_sources()
     sources = sorted((ROOT / "kernels").glob("*.cu"))
-    expected = {f"{module}_{dtype}" for module in ("batch_norm", "cluster") for dtype in DTYPES}
-    odd = {source.stem for source in sources} ^ (expected | {"running"})
+    modules = ("batch_norm", "cluster", "row_norm", "cluster_rows")
+    expected = {f"{module}_{dtype}" for module in modules for dtype in DTYPES}
+    odd = {source.stem for source in sources} ^ (expected | set(PLAIN_FILES))
     check(not odd, f"files are missing or new: {odd}")
     registers = {}
     with tempfile.TemporaryDirectory() as directory, ThreadPoolExecutor(os.cpu_count()) as pool:
@@ -283,7 +336,7 @@ def main():
             return [(arch, pool.submit(assemble, ptx, arch, reads_code, shared, wide))
                     for arch, reads_code in archs.items()]
 
-        wanted = [source for source in sources if source.stem.rsplit("_", 1)[-1] in {*dtypes, "running"}]
+        wanted = [source for source in sources if source.stem in PLAIN_FILES or source.stem.rsplit("_", 1)[-1] in dtypes]
         for compiled in [pool.submit(compile_and_assemble, source) for source in wanted]:
             for arch, assembled in compiled.result():
                 for name, used in assembled.result().items():

@@ -11,6 +11,7 @@ mod plan;
 mod row_plan;
 mod rows;
 #[path = "common/values.rs"]
+#[allow(dead_code)]
 mod values;
 
 /// As the planner of rows knows the planner of tiles.
