@@ -6,7 +6,7 @@
 #include "kernels.cuh"
 
 // A row's numbers where many threads need them: from here on nothing is computed in double.
-template <typename R> struct alignas(4 * sizeof(R)) RowOf {
+template <typename R> struct alignas(WIDE) RowOf {
   R hi, lo, rstd, unused;
 };
 
