@@ -2,13 +2,13 @@
 // src/ops/row_norm/mod.rs.
 //
 // A row is a tile with one channel of a batch norm (tiles.cuh), so that it is cut into parts and summed
-// as there; only each value has a weight and a bias of its own. src/ops/row_norm/plan.rs chooses how
+// as there; only each value has a weight and a bias of its own. src/ops/row_norm/plan chooses how
 // many threads share a row: some lanes of a warp, a block, or several blocks.
 #pragma once
 
 #include "resident.cuh"
 
-// Mirrors `RowProblem` in src/ops/row_norm/plan.rs.
+// Mirrors `RowProblem` in src/ops/row_norm/plan/mod.rs.
 //
 // `tile` has the rows of one sample as channels, and these have `tile.n` lines of `tile.s` neighbouring
 // values. With the channels first, a row is one line, and all rows count as one sample. With the channels

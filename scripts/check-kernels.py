@@ -171,10 +171,10 @@ def check_sources():
             for name in names.split(", ")]
     check(rust == cuda, f"Problem differs: {rust} in problem.rs, {cuda} in tiles.cuh")
     rows = read("kernels/rows.cuh")
-    rust = re.search(r"pub struct RowProblem \{(.*?)\}", read("src/ops/row_norm/plan.rs"), re.S)[1]
+    rust = re.search(r"pub struct RowProblem \{(.*?)\}", read("src/ops/row_norm/plan/mod.rs"), re.S)[1]
     rust = [(fields.get(kind, "Problem"), name) for name, kind in re.findall(r"pub (\w+): ([\w:]+)", rust)]
     cuda = re.findall(r"  (\w+) (\w+);", re.search(r"struct RowProblem \{(.*?)\n\};", rows, re.S)[1])
-    check(rust == cuda, f"RowProblem differs: {rust} in row_norm/plan.rs, {cuda} in rows.cuh")
+    check(rust == cuda, f"RowProblem differs: {rust} in row_norm/plan/mod.rs, {cuda} in rows.cuh")
     for path in sorted((ROOT / "kernels").glob("*.cu*")):
         for name, text in re.findall(r"KERNEL ([br]n_\w+?[\w#]*)\((.*?)\)\s*\{", path.read_text(), re.S):
             text = " ".join(text.replace("\\", " ").replace("[[maybe_unused]]", "").split())

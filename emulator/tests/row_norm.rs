@@ -6,7 +6,7 @@ mod dims;
 #[path = "../../src/ops/batch_norm/plan/mod.rs"]
 #[allow(dead_code)]
 mod plan;
-#[path = "../../src/ops/row_norm/plan.rs"]
+#[path = "../../src/ops/row_norm/plan/mod.rs"]
 #[allow(dead_code)]
 mod row_plan;
 mod rows;

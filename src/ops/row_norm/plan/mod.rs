@@ -263,3 +263,6 @@ fn tile(rows: Rows, channels_last: bool, value_bytes: usize) -> Tile {
     let dims = tile_dims(rows, channels_last);
     Tile::of_one_channel(dims, value_bytes).times(rows.rows() / dims.c)
 }
+
+#[cfg(test)]
+mod tests;
