@@ -2,6 +2,8 @@
 
 use std::sync::OnceLock;
 
+#[cfg(feature = "cuda")]
+use candle_core::CudaStorage;
 use candle_core::{bail, CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor};
 
 use super::{host, RowNormArgs, Spec, Wants};
@@ -105,6 +107,22 @@ impl CustomOp3 for RowNormOp {
         Ok((y, l1.shape().clone()))
     }
 
+    #[cfg(feature = "cuda")]
+    fn cuda_fwd(
+        &self,
+        s1: &CudaStorage,
+        l1: &Layout,
+        s2: &CudaStorage,
+        l2: &Layout,
+        s3: &CudaStorage,
+        l3: &Layout,
+    ) -> Result<(CudaStorage, Shape)> {
+        let operands = self.operands([(s1, l1), (s2, l2), (s3, l3)]);
+        let (y, stats) = super::cuda::forward(self, &operands)?;
+        self.save(stats)?;
+        Ok((y, l1.shape().clone()))
+    }
+
     fn bwd(
         &self,
         x: &Tensor,
@@ -133,6 +151,8 @@ impl CustomOp3 for RowNormOp {
         };
         let TensorGrads { dx, dparams } = match dy.device() {
             Device::Cpu => host::backward(self, &tensors, wants)?,
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => super::cuda::backward(self, &tensors, wants)?,
             device => bail!("{} has no gradient on {:?}", self.name, device.location()),
         };
         // Each with memory of its own, as gradients have that candle sums up.

@@ -1,11 +1,12 @@
 //! Row norms on CUDA: which kernels are launched, and with which tensors. No maths here.
 
 use candle_core::backend::BackendStorage;
-use candle_core::{CudaDevice, CudaStorage, DType, Layout, Result, Shape, Tensor};
+use candle_core::{CudaDevice, CudaStorage, DType, Result, Shape, Tensor};
 use cudarc::driver::CudaFunction;
 
+use super::op::{BackwardTensors, Operands, RowNormOp, TensorGrads};
 use super::plan::{self, RowPlan};
-use super::{Activation, Spec, Wants, NAME};
+use super::{Activation, Spec, Wants};
 use crate::ops::cuda::{
     address_of, aligned, code_of, cuda_storage, function, limits, partials, prepare, view, wrap,
     Args, Counters, Kernel, Module, Operand, PerChannel,
@@ -16,32 +17,14 @@ use params::dparams_as;
 
 mod params;
 
-/// What the way back starts from. All tensors are contiguous.
-pub(crate) struct BackwardTensors<'a> {
-    pub x: &'a Tensor,
-    pub dy: &'a Tensor,
-    pub weight: Option<&'a Tensor>,
-    pub bias: Option<&'a Tensor>,
-    /// Mean and variance of the rows, from [`forward`].
-    pub saved: &'a Tensor,
-}
-
-/// The same on this backend.
-struct Operands<'a> {
-    x: Operand<'a>,
-    dy: Operand<'a>,
-    weight: Option<Operand<'a>>,
-    bias: Option<Operand<'a>>,
-    saved: Operand<'a>,
-}
-
 fn options(spec: &Spec, params: Option<DType>) -> Options {
     let relu = spec.activation == Activation::Relu;
     plan::options(spec.eps, params.map(code_of), relu, spec.remove_mean)
 }
 
-fn dtype_of(weight: Option<&Operand>, bias: Option<&Operand>) -> Option<DType> {
-    weight.or(bias).map(|(storage, _)| storage.dtype())
+fn dtype_of(operands: &Operands<CudaStorage>) -> Option<DType> {
+    let (storage, _) = operands.weight.as_ref().or(operands.bias.as_ref())?;
+    Some(storage.dtype())
 }
 
 fn kernel<T: Kernel>(plan: &RowPlan, what: &str, device: &CudaDevice) -> Result<CudaFunction> {
@@ -75,31 +58,28 @@ fn choose<T: Kernel>(
 }
 
 /// `y`, and the mean and biased variance of the rows: F64 `[2, rows]`.
-pub(crate) fn forward(
-    spec: &Spec,
-    x: &Operand,
-    weight: Option<&Operand>,
-    bias: Option<&Operand>,
+pub(super) fn forward(
+    op: &RowNormOp,
+    operands: &Operands<CudaStorage>,
 ) -> Result<(CudaStorage, Tensor)> {
-    dispatch!(NAME, x.0.dtype(), forward_as(spec, x, weight, bias))
+    let dtype = operands.x.0.dtype();
+    dispatch!(op.name, dtype, forward_as(&op.spec, operands))
 }
 
 fn forward_as<T: Kernel>(
     spec: &Spec,
-    x: &Operand,
-    weight: Option<&Operand>,
-    bias: Option<&Operand>,
+    operands: &Operands<CudaStorage>,
 ) -> Result<(CudaStorage, Tensor)> {
-    let device = x.0.device().clone();
+    let device = operands.x.0.device().clone();
     let stream = device.cuda_stream();
     let (plan, forward) = choose::<T>(spec, Direction::Forward, &device)?;
-    let problem = plan.problem(&options(spec, dtype_of(weight, bias)));
+    let problem = plan.problem(&options(spec, dtype_of(operands)));
     let values = [address_of(&problem)];
 
     let mut x_copy = None;
-    let x = aligned(view::<T>(x)?, &mut x_copy, &device)?;
-    let weight = weight.map(PerChannel::new).transpose()?;
-    let bias = bias.map(PerChannel::new).transpose()?;
+    let x = aligned(view::<T>(&operands.x)?, &mut x_copy, &device)?;
+    let weight = PerChannel::of(&operands.weight)?;
+    let bias = PerChannel::of(&operands.bias)?;
     // SAFETY: the kernels write every value of `y` and of `saved`.
     let mut y = unsafe { device.alloc::<T>(spec.rows.numel())? };
     // SAFETY: as above.
@@ -135,71 +115,66 @@ fn forward_as<T: Kernel>(
     ))
 }
 
-/// `dx`, like `x`, and `dparams`, `[2, c]` of weight and bias in the dtype of these, as far as they are
-/// wanted and there are any.
-pub(crate) fn backward(
-    spec: &Spec,
+pub(super) fn backward(
+    op: &RowNormOp,
     tensors: &BackwardTensors,
     wants: Wants,
-) -> Result<(Option<Tensor>, Option<Tensor>)> {
-    let (x, dy, saved) = (
-        tensors.x.storage_and_layout(),
-        tensors.dy.storage_and_layout(),
-        tensors.saved.storage_and_layout(),
-    );
-    let weight = tensors.weight.map(Tensor::storage_and_layout);
-    let bias = tensors.bias.map(Tensor::storage_and_layout);
-    macro_rules! operand {
-        ($of:expr) => {
-            (cuda_storage(&$of.0)?, Layout::clone($of.1))
-        };
-    }
-    let operands = Operands {
-        x: operand!(x),
-        dy: operand!(dy),
-        weight: match &weight {
-            None => None,
-            Some(weight) => Some(operand!(weight)),
-        },
-        bias: match &bias {
-            None => None,
-            Some(bias) => Some(operand!(bias)),
-        },
-        saved: operand!(saved),
+) -> Result<TensorGrads> {
+    let args = tensors.args.map(Tensor::storage_and_layout);
+    let operands = op.operands([
+        (cuda_storage(&args[0].0)?, args[0].1),
+        (cuda_storage(&args[1].0)?, args[1].1),
+        (cuda_storage(&args[2].0)?, args[2].1),
+    ]);
+    let (dy, dy_layout) = tensors.dy.storage_and_layout();
+    let (saved, saved_layout) = tensors.saved.storage_and_layout();
+    let inputs = Inputs {
+        spec: &op.spec,
+        operands: &operands,
+        dy: (cuda_storage(&dy)?, dy_layout.clone()),
+        saved: (cuda_storage(&saved)?, saved_layout.clone()),
     };
     let dtype = tensors.dy.dtype();
-    let dx = match wants.dx {
-        false => None,
-        true => Some(dispatch!(NAME, dtype, dx_as(spec, &operands))?),
+    let mut grads = TensorGrads {
+        dx: None,
+        dparams: None,
     };
-    let dparams = match dtype_of(operands.weight.as_ref(), operands.bias.as_ref()) {
-        Some(params) if wants.dparams => {
-            Some(dispatch!(NAME, dtype, dparams_as(spec, &operands, params))?)
-        }
-        _ => None,
-    };
-    Ok((dx, dparams))
+    if wants.dx {
+        grads.dx = Some(dispatch!(op.name, dtype, dx_as(&inputs))?);
+    }
+    if let Some(params) = dtype_of(&operands).filter(|_| wants.dparams) {
+        grads.dparams = Some(dispatch!(op.name, dtype, dparams_as(&inputs, params))?);
+    }
+    Ok(grads)
 }
 
-fn dx_as<T: Kernel>(spec: &Spec, operands: &Operands) -> Result<Tensor> {
+/// What the way back starts from.
+struct Inputs<'a> {
+    spec: &'a Spec,
+    operands: &'a Operands<'a, CudaStorage>,
+    dy: Operand<'a>,
+    saved: Operand<'a>,
+}
+
+fn dx_as<T: Kernel>(inputs: &Inputs) -> Result<Tensor> {
+    let Inputs { spec, operands, .. } = *inputs;
     let device = operands.x.0.device().clone();
     let stream = device.cuda_stream();
     let (plan, backward) = choose::<T>(spec, Direction::Backward, &device)?;
-    let (weight, bias) = (operands.weight.as_ref(), operands.bias.as_ref());
-    let problem = plan.problem(&options(spec, dtype_of(weight, bias)));
+    let problem = plan.problem(&options(spec, dtype_of(operands)));
     let values = [address_of(&problem)];
 
     let (mut x_copy, mut dy_copy) = (None, None);
     let x = aligned(view::<T>(&operands.x)?, &mut x_copy, &device)?;
-    let dy = aligned(view::<T>(&operands.dy)?, &mut dy_copy, &device)?;
-    let saved = view::<f64>(&operands.saved)?;
-    let weight = weight.map(PerChannel::new).transpose()?;
-    let bias = bias.map(PerChannel::new).transpose()?;
+    let dy = aligned(view::<T>(&inputs.dy)?, &mut dy_copy, &device)?;
+    let saved = view::<f64>(&inputs.saved)?;
+    let weight = PerChannel::of(&operands.weight)?;
+    let bias = PerChannel::of(&operands.bias)?;
     // SAFETY: the kernels write every value.
     let mut dx = unsafe { device.alloc::<T>(spec.rows.numel())? };
     let mut partials = partials(&plan.plan, true, &device)?;
     let mut counters = Counters::of(&plan.plan, &device)?;
-    let inputs = || {
+    let begin = || {
         let mut args = Args::new(&stream);
         args.read(&x).read(&dy);
         PerChannel::push(&weight, &mut args);
@@ -210,13 +185,13 @@ fn dx_as<T: Kernel>(spec: &Spec, operands: &Operands) -> Result<Tensor> {
 
     if plan.plan.blocks == Blocks::TwoPasses {
         let sums = kernel::<T>(&plan, "backward_sums", &device)?;
-        let mut args = inputs();
+        let mut args = begin();
         args.write_optional(&mut partials);
         // SAFETY: the arguments are those of rn_backward_sums; `x` and `dy` have n·c·s values, the
         // parameters c, `saved` 2·rows, and `partials` are the plan's.
         unsafe { args.launch(&sums, (&plan.plan).into(), &values)? };
     }
-    let mut args = inputs();
+    let mut args = begin();
     args.write_optional(&mut partials);
     if plan.plan.blocks != Blocks::TwoPasses {
         Counters::push(&mut counters, &mut args);

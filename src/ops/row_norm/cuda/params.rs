@@ -4,7 +4,7 @@ use candle_core::backend::{BackendDevice, BackendStorage};
 use candle_core::{DType, Result, Shape, Tensor};
 
 use super::super::plan::{ParamsPlan, ROW_OF};
-use super::{dtype_of, options, Operands, Spec};
+use super::{options, Inputs};
 use crate::ops::cuda::{
     address_of, aligned, function, limits, partials, view, wrap, Args, Grid, Kernel, Module,
     PerChannel,
@@ -13,18 +13,14 @@ use crate::ops::plan::Blocks;
 use crate::ops::slices::computed_in;
 
 /// `[2, c]` of weight and bias.
-pub(super) fn dparams_as<T: Kernel>(
-    spec: &Spec,
-    operands: &Operands,
-    params: DType,
-) -> Result<Tensor> {
+pub(super) fn dparams_as<T: Kernel>(inputs: &Inputs, params: DType) -> Result<Tensor> {
+    let Inputs { spec, operands, .. } = *inputs;
     let device = operands.x.0.device().clone();
     let stream = device.cuda_stream();
     let rows = spec.rows;
     let limits = limits(&device)?;
     let plan = ParamsPlan::new(rows, spec.channels_last, size_of::<T>(), &limits);
-    let (weight, bias) = (operands.weight.as_ref(), operands.bias.as_ref());
-    let problem = plan.problem(&options(spec, dtype_of(weight, bias)));
+    let problem = plan.problem(&options(spec, Some(params)));
     let grid_of = |blocks| Grid {
         blocks,
         threads: plan.plan.threads,
@@ -35,10 +31,10 @@ pub(super) fn dparams_as<T: Kernel>(
 
     let (mut x_copy, mut dy_copy) = (None, None);
     let x = aligned(view::<T>(&operands.x)?, &mut x_copy, &device)?;
-    let dy = aligned(view::<T>(&operands.dy)?, &mut dy_copy, &device)?;
-    let saved = view::<f64>(&operands.saved)?;
-    let weight = weight.map(PerChannel::new).transpose()?;
-    let bias = bias.map(PerChannel::new).transpose()?;
+    let dy = aligned(view::<T>(&inputs.dy)?, &mut dy_copy, &device)?;
+    let saved = view::<f64>(&inputs.saved)?;
+    let weight = PerChannel::of(&operands.weight)?;
+    let bias = PerChannel::of(&operands.bias)?;
     let real = computed_in(T::DTYPE);
     // SAFETY: the kernel below writes the three values of every row that are read.
     let mut table = unsafe { device.alloc_uninit(&Shape::from((rows.rows(), ROW_OF)), real)? };

@@ -1,9 +1,7 @@
 //! Which kernels normalise the rows of a tensor, and how threads share them: plain arithmetic, without a
 //! device. Rows are tiles of one channel to the planner of batch norm.
 
-pub use crate::dims::Rows;
-
-use crate::dims::Dims;
+use crate::dims::{Dims, Rows};
 use crate::ops::plan::{self, Blocks, DTypeCode, Direction, Limits, Plan, Tile};
 
 /// Vectors of a row at most, if lanes of one warp share it: eight for each.
