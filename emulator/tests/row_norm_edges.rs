@@ -155,14 +155,14 @@ fn a_relu_lets_the_gradient_through_where_the_output_is_positive() {
         let mut dbias = vec![0.0; case.rows.c];
         for (i, channel) in (0..case.rows.rows()).flat_map(|row| case.row(row)) {
             let y = f32::from(outputs.y[i]);
-            assert!(y >= 0.0 && y < 1e-7, "{y} {case:?}");
+            assert!((0.0..1e-7).contains(&y), "{y} {case:?}");
             dbias[channel] += if y > 0.0 {
                 f64::from(inputs.dy[i])
             } else {
                 0.0
             };
         }
-        assert!(outputs.y.iter().any(|y| *y == f16::ZERO), "{case:?}");
+        assert!(outputs.y.contains(&f16::ZERO), "{case:?}");
         for (channel, expected) in dbias.into_iter().enumerate() {
             let got = f64::from(outputs.dparams[case.rows.c + channel]);
             assert!(
