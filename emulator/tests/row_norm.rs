@@ -75,25 +75,28 @@ fn is_same<T: Value, P: Value>(a: &Outputs<T, P>, b: &Outputs<T, P>) -> bool {
     is(&a.y, &b.y) && is(&a.saved, &b.saved) && is(&a.dx, &b.dx) && is(&a.dparams, &b.dparams)
 }
 
-/// Right in one schedule, and the same to the last bit in another.
-fn check_twice<T: Value, P: Value>(case: Case, which: usize) {
+/// Right in one schedule, and every other time the same to the last bit in another.
+fn check_in_schedules<T: Value, P: Value>(case: Case, which: usize) {
     let inputs = Inputs::<T, P>::new(&case);
     let schedule = SCHEDULES[which % SCHEDULES.len()];
     let outputs = run(&case, &inputs, schedule);
     check(&case, &inputs, &outputs);
+    if which % 2 == 1 {
+        return;
+    }
     let other = SCHEDULES[(which + 1) % SCHEDULES.len()];
     let again = run(&case, &inputs, other);
     assert!(is_same(&outputs, &again), "{case:?} {schedule:?} {other:?}");
 }
 
-/// All combinations of options in the course of the sizes, kinds and orders of memory. Of these a dtype
-/// has a third, `dtype` says which, so that each is there for one of four.
+/// All combinations of options in the course of the sizes, kinds and orders of memory. Of these each of the
+/// four dtypes has a quarter; `dtype` says which.
 fn check_all<T: Value, P: Value>(dtype: usize) {
     if SANITIZER == Some("thread") {
         return; // a second for a thousand threads: only `no_kernel_has_a_race` is for it
     }
     // Sanitizers look at how, not at which numbers.
-    let share = if SANITIZER.is_some() { 9 } else { 3 };
+    let share = if SANITIZER.is_some() { 12 } else { 4 };
     let mut which = dtype;
     for (i, dims) in SIZES.into_iter().enumerate() {
         for (j, kind) in KINDS.into_iter().enumerate() {
@@ -105,7 +108,7 @@ fn check_all<T: Value, P: Value>(dtype: usize) {
                 let at = i + 2 * j + usize::from(channels_last) + dtype;
                 let is_mine = at % share == share - 1;
                 if is_mine && case.fits::<T>() {
-                    check_twice::<T, P>(case.with_bits(which * 5), which);
+                    check_in_schedules::<T, P>(case.with_bits(which * 5), which);
                     which += 1;
                 }
             }
@@ -142,7 +145,7 @@ fn half_parameters_are_right() {
         .into_iter()
         .enumerate()
     {
-        check_twice::<f16, f16>(Case::new(dims, KINDS[1]).with_bits(0b0111), which);
-        check_twice::<bf16, bf16>(Case::new(dims, KINDS[3]).with_bits(0b0111), which);
+        check_in_schedules::<f16, f16>(Case::new(dims, KINDS[1]).with_bits(0b0111), which);
+        check_in_schedules::<bf16, bf16>(Case::new(dims, KINDS[3]).with_bits(0b0111), which);
     }
 }
