@@ -25,19 +25,17 @@ pub(super) struct PlaneSums {
     dbias: f64,
 }
 
-/// The rows, from what the forward pass saved.
-pub(super) fn saved_rows<A: Real>(spec: &Spec, saved: &[f64]) -> Vec<Row<A>> {
-    let (means, vars) = saved.split_at(spec.rows.rows());
-    let rows = means.iter().zip(vars);
-    rows.map(|(&mean, &var)| Row::new(spec, mean, var))
-        .collect()
+/// A row, from what the forward pass saved.
+#[inline(always)]
+pub(super) fn saved_row<T: Element>(job: &Backward<T>, index: usize) -> Row<T::Real> {
+    let (means, vars) = job.saved.split_at(job.spec.rows.rows());
+    Row::new(job.spec, means[index], vars[index])
 }
 
 /// The backward pass where weight and bias belong to whole planes.
 pub(super) fn planes<T: Element, M: Mask<T>>(job: &Backward<T>, affine: &ByPlane) -> Grads<T> {
     let spec = job.spec;
     let (sample, len) = (spec.rows.c * spec.rows.s, spec.rows.len());
-    let rows = saved_rows(spec, job.saved);
     let mut dx = job.wants.dx.then(|| Output::new(job.x.len()));
     let dx_parts = dx.as_mut().map(Output::parts);
     let blocks = Blocks::new(spec.rows);
@@ -49,9 +47,9 @@ pub(super) fn planes<T: Element, M: Mask<T>>(job: &Backward<T>, affine: &ByPlane
                     let (mut sums, mut planes) = (Vec::new(), Vec::new());
                     // Not by an iterator, whose insides would not be compiled for wide registers.
                     for run in blocks.runs(tile) {
-                        let (row, start) = (&rows[run.start / len], run.start % sample);
+                        let (row, start) = (saved_row(job, run.start / len), run.start % sample);
                         let slice = slice(job, run);
-                        sums.push(plane_sums::<T, M>(affine, row, start, &slice, &mut planes));
+                        sums.push(plane_sums::<T, M>(affine, &row, start, &slice, &mut planes));
                     }
                     (sums, planes)
                 },
@@ -75,7 +73,7 @@ pub(super) fn planes<T: Element, M: Mask<T>>(job: &Backward<T>, affine: &ByPlane
                 #[inline(always)]
                 || {
                     for (run, sums) in blocks.runs(tile).zip(sums) {
-                        let row = &rows[run.start / len];
+                        let row = &saved_row(job, run.start / len);
                         // SAFETY: no two runs of any two tiles overlap.
                         let dx = unsafe { parts.part(run.clone()) };
                         let start = run.start % sample;
@@ -169,7 +167,6 @@ pub(super) fn values<T: Element, M: Mask<T>>(
 ) -> Grads<T> {
     let (spec, n) = (job.spec, job.spec.rows.n);
     let sample = spec.rows.c * spec.rows.s;
-    let rows = saved_rows(spec, job.saved);
     let mut dx = job.wants.dx.then(|| Output::new(job.x.len()));
     let dx_parts = dx.as_mut().map(Output::parts);
     let of_chunk = CHUNK.div_ceil(sample).max(n.div_ceil(SAMPLES).min(SAMPLES));
@@ -179,6 +176,9 @@ pub(super) fn values<T: Element, M: Mask<T>>(
         let end = n.min((chunk + 1) * of_chunk);
         for first in (chunk * of_chunk..end).step_by(of_block) {
             let samples = first..end.min(first + of_block);
+            let groups = spec.rows.groups;
+            let rows = samples.start * groups..samples.end * groups;
+            let rows: Vec<_> = rows.map(|index| saved_row(job, index)).collect();
             vectorised(
                 #[inline(always)]
                 || {
@@ -213,7 +213,7 @@ pub(super) fn values<T: Element, M: Mask<T>>(
     }
 }
 
-/// Writes `dx` of whole samples.
+/// Writes `dx` of whole samples, whose `rows` are given.
 ///
 /// # Safety
 /// Nobody else holds the parts of these samples.
@@ -226,8 +226,8 @@ unsafe fn write_samples<T: Element, M: Mask<T>>(
     parts: Parts<T>,
 ) {
     let (groups, len) = (job.spec.rows.groups, job.spec.rows.len());
-    for index in samples.start * groups..samples.end * groups {
-        let (row, start) = (&rows[index], index % groups * len);
+    for (i, row) in rows.iter().enumerate() {
+        let (index, start) = (samples.start * groups + i, i % groups * len);
         let run = index * len..(index + 1) * len;
         let slice = slice(job, run.clone());
         let channels = affine.channels(row, start..start + len);
@@ -242,7 +242,8 @@ unsafe fn write_samples<T: Element, M: Mask<T>>(
     }
 }
 
-/// Adds to the sums of each value of a sample, dweight and then dbias, those of whole samples.
+/// Adds to the sums of each value of a sample, dweight and then dbias, those of whole samples,
+/// whose `rows` are given.
 #[inline(always)]
 fn add_samples<T: Element, M: Mask<T>>(
     job: &Backward<T>,
@@ -264,7 +265,7 @@ fn add_samples<T: Element, M: Mask<T>>(
                 let (mut g_sums, mut gx_sums) = ([0.0; LANES], [0.0; LANES]);
                 let mut rooms = [T::ROOM; 3];
                 for n in samples.clone() {
-                    let row = &rows[n * groups + group];
+                    let row = &rows[(n - samples.start) * groups + group];
                     let slice = slice(job, n * sample + strip.start..n * sample + strip.end);
                     let channels = affine.channels(row, strip.clone());
                     let load = slice.load::<M>(&mut rooms);

@@ -38,9 +38,13 @@ pub(super) fn forward<T: Element, P: Affine<T::Real>>(
             )
         },
         |block, parts: &[Vec<(f64, f64)>]| -> Vec<_> {
-            let merged = |row| {
-                let parts = parts.iter().enumerate();
-                merge(parts.map(|(part, rows)| (blocks.values(part) as f64, rows[row])))
+            let m = blocks.values(0) as f64;
+            let merged = |row: usize| match parts {
+                [rows] => (rows[row].0, rows[row].1 / m),
+                parts => {
+                    let parts = parts.iter().enumerate();
+                    merge(parts.map(|(part, rows)| (blocks.values(part) as f64, rows[row])))
+                }
             };
             let rows = (0..blocks.rows(block)).map(merged);
             rows.map(|(mean, var)| Row::new(spec, mean, var)).collect()

@@ -5,7 +5,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::affine::ByPlane;
-use super::backward::{by_channel, plane_sums, saved_rows, write_dx};
+use super::backward::{by_channel, plane_sums, saved_row, write_dx};
 use super::forward::{saved, statistics, write_row};
 use super::{Backward, Forward, Grads};
 use crate::dims::Rows;
@@ -132,7 +132,6 @@ pub(super) fn forward<T: Element>(job: &Forward<T>, affine: &ByPlane) -> (Vec<T>
 
 pub(super) fn backward<T: Element, M: Mask<T>>(job: &Backward<T>, affine: &ByPlane) -> Grads<T> {
     let (spec, len) = (job.spec, job.spec.rows.len());
-    let rows = saved_rows(spec, job.saved);
     let mut dx = job.wants.dx.then(|| Output::new(job.x.len()));
     let dx_parts = dx.as_mut().map(Output::parts);
     let bunches = Bunches::new(spec.rows);
@@ -146,8 +145,10 @@ pub(super) fn backward<T: Element, M: Mask<T>>(job: &Backward<T>, affine: &ByPla
                 let mut dx = vec![MaybeUninit::uninit(); x.len()];
                 let mut planes = Vec::new();
                 for (i, group) in bunch.groups.clone().enumerate() {
-                    let (row, start) =
-                        (&rows[bunch.sample * spec.rows.groups + group], group * len);
+                    let (row, start) = (
+                        &saved_row(job, bunch.sample * spec.rows.groups + group),
+                        group * len,
+                    );
                     let run = i * len..(i + 1) * len;
                     let slice = Slice {
                         x: &x[run.clone()],
