@@ -78,6 +78,9 @@ fn answer(line: &str) -> Result<[Duration; 2]> {
         "eval" => time(limit, || layer(&x, false)),
         "all" => {
             let x = Var::from_tensor(&x)?;
+            if backward(&layer(&x, true)?)?.get(&x).is_none() {
+                candle_core::bail!("no gradient: this layer is not differentiable")
+            }
             time(limit, || backward(&layer(&x, true)?))
         }
         "vjp" if norm != "batch" => candle_core::bail!("no vjp of {norm}"),

@@ -37,6 +37,14 @@ pub(crate) fn check_values(op: &str, x: &Tensor) -> Result<()> {
     }
 }
 
+/// Checks what is added to a variance that may be 0.
+pub(crate) fn check_eps(op: &str, eps: f64) -> Result<()> {
+    if eps.is_nan() || eps < 0.0 {
+        bail!("{op} expects eps >= 0, got {eps}")
+    }
+    Ok(())
+}
+
 /// Checks a tensor of a given shape (`what` names it in errors) that belongs to the input.
 pub(crate) fn check_parameter(
     op: &str,

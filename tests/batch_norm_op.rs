@@ -547,8 +547,6 @@ fn vjp_has_the_gradients_of_autograd() -> Result<()> {
 /// Runs itself again with another number of threads, and compares bits.
 #[test]
 fn the_number_of_threads_does_not_matter() -> Result<()> {
-    const CHILD: &str = "BATCH_NORM_PRINTS_BITS";
-    const MARK: &str = "bits of the results: ";
     let mut bits = vec![];
     for shape in [
         &[7, 3, 50, 51][..],
@@ -570,33 +568,8 @@ fn the_number_of_threads_does_not_matter() -> Result<()> {
                     .into_iter()
                     .flatten(),
             );
-            bits.extend(results.concat().iter().map(|value| value.to_bits()));
+            bits.extend(results.concat());
         }
     }
-    // FNV-1a
-    let hash = bits.iter().fold(0xcbf2_9ce4_8422_2325_u64, |hash, bits| {
-        (hash ^ bits).wrapping_mul(0x0100_0000_01b3)
-    });
-    if std::env::var(CHILD).is_ok() {
-        println!("{MARK}{hash:x}");
-        return Ok(());
-    }
-    for threads in ["1", "3"] {
-        let output = std::process::Command::new(std::env::current_exe()?)
-            .args([
-                "--exact",
-                "the_number_of_threads_does_not_matter",
-                "--nocapture",
-            ])
-            .env("RAYON_NUM_THREADS", threads)
-            .env("CANDLE_NUM_THREADS", threads)
-            .env(CHILD, "")
-            .output()?;
-        let output = String::from_utf8_lossy(&output.stdout);
-        assert!(
-            output.contains(&format!("{MARK}{hash:x}")),
-            "{threads} threads: {output}"
-        );
-    }
-    Ok(())
+    common::assert_bits_for_any_number_of_threads("the_number_of_threads_does_not_matter", &bits)
 }

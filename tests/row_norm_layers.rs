@@ -127,7 +127,7 @@ fn layer_norm_is_pytorchs() -> Result<()> {
         boxed(layer_norm(16, config, vb)?)
     })?;
     let config = LayerNormConfig {
-        affine: false,
+        elementwise_affine: false,
         ..Default::default()
     };
     check("layer_plain", false, |vb| {
@@ -178,7 +178,7 @@ fn instance_norm_is_pytorchs() -> Result<()> {
     })
 }
 
-/// The import is all that changes for who comes from candle-nn.
+/// Who comes from candle-nn finds the same constructors and the same outputs.
 #[test]
 fn layers_stand_in_for_candle_nns() -> Result<()> {
     let device = Device::Cpu;
@@ -251,6 +251,16 @@ fn errors_say_what_was_given_and_what_was_expected() -> Result<()> {
         &["divides 6 channels", "got 4"],
     );
     assert_error(group_norm(0, 6, 1e-5, vb()), &["got 0"]);
+    assert_error(
+        group_norm(2, 6, -1.0, vb()),
+        &["group norm", "eps >= 0", "-1"],
+    );
+    assert_error(
+        layer_norm(6, f64::NAN, vb()),
+        &["layer norm", "eps >= 0", "NaN"],
+    );
+    assert_error(layer_norm((), 1e-5, vb()), &["at least one dimension"]);
+    assert_error(instance_norm(6, -1.0, vb()), &["instance norm", "eps >= 0"]);
     let config = InstanceNormConfig {
         momentum: 1.5,
         ..Default::default()

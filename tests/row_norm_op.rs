@@ -40,6 +40,15 @@ fn case([n, groups, c, s]: [usize; 4], dtype: DType, seed: u64) -> Result<RowCas
     })
 }
 
+/// That of the input, and that of the parameters.
+struct Dtypes(DType, DType);
+
+impl From<DType> for Dtypes {
+    fn from(dtype: DType) -> Self {
+        Self(dtype, dtype)
+    }
+}
+
 /// What an op gives, with the gradients of its arguments.
 struct Outcome {
     y: Tensor,
@@ -52,11 +61,12 @@ struct Outcome {
 fn run(
     case: &RowCase,
     shape: &[usize],
-    dtype: DType,
+    dtypes: impl Into<Dtypes>,
     memory: Memory,
     device: &Device,
     op: impl Fn(&Tensor, &RowNormArgs) -> Result<Tensor>,
 ) -> Result<Outcome> {
+    let Dtypes(dtype, parameters) = dtypes.into();
     let x = var(&case.x, shape, dtype, device)?;
     let x_given = match memory {
         Memory::Contiguous => x.as_tensor().clone(),
@@ -72,7 +82,7 @@ fn run(
         let shape = [case.c];
         values
             .as_ref()
-            .map(|values| var(values, &shape, dtype, device))
+            .map(|values| var(values, &shape, parameters, device))
             .transpose()
     };
     let (weight, bias) = (parameter(&case.weight)?, parameter(&case.bias)?);
@@ -372,14 +382,26 @@ fn accuracy_does_not_depend_on_the_offset() -> Result<()> {
                         DType::F32,
                         &device,
                     )?)?;
-                    (case.weight, case.bias) = (None, None);
                     let groups = case.groups;
                     let outcome = run(&case, &shape, DType::F32, memory, &device, |x, args| {
                         group_norm(x, groups, args)
                     })?;
                     let truth = case.truth();
-                    assert_close("y", &values(&outcome.y)?, &truth.y, 2e-6, 0.0);
-                    assert_close("dx", &values(&outcome.dx)?, &truth.dx, 2e-6, 0.0);
+                    // With a weight of about 1, in units of which the bounds are.
+                    let weight = case
+                        .weight
+                        .iter()
+                        .flatten()
+                        .fold(1.0, |max: f64, w| max.max(w.abs()));
+                    let bound = 2e-6 * weight;
+                    assert_close("y", &values(&outcome.y)?, &truth.y, bound, 0.0);
+                    assert_close("dx", &values(&outcome.dx)?, &truth.dx, bound, 0.0);
+                    let dweight = values(outcome.dweight.as_ref().unwrap())?;
+                    for (i, got) in dweight.iter().enumerate() {
+                        let bound = 1e-7 * truth.dweight_scale[i] + 1e-7 * truth.dweight[i].abs();
+                        let error = (got - truth.dweight[i]).abs();
+                        assert!(error <= bound, "dweight[{i}]: {error:e}, at most {bound:e}");
+                    }
                 }
             }
         }
@@ -438,31 +460,122 @@ fn a_nan_stays_in_its_row() -> Result<()> {
     Ok(())
 }
 
+/// They are not rounded to it: a weight of 1 + 2⁻¹² is one of F32 alone.
 #[test]
 fn parameters_in_f32_serve_half_precision() -> Result<()> {
     for device in devices() {
         for dtype in [DType::F16, DType::BF16] {
-            for shape in [vec![16, 8], vec![2, 8, 9, 9]] {
-                let x = tensor(
-                    &random(2, shape.iter().product(), 1.0),
-                    &shape,
-                    dtype,
-                    &device,
-                )?;
-                let weight =
-                    Var::from_tensor(&tensor(&[1.0 + 1e-6; 8], &[8], DType::F32, &device)?)?;
-                let args = RowNormArgs {
-                    weight: Some(&weight),
-                    ..RowNormArgs::new()
-                };
-                let y = group_norm(&x, 2, &args)?;
-                let grads = y.to_dtype(DType::F32)?.sqr()?.sum_all()?.backward()?;
-                assert_eq!(y.dtype(), dtype);
-                assert_eq!(grads.get(&weight).unwrap().dtype(), DType::F32);
+            for (sizes, shape) in [
+                ([16, 2, 8, 1], vec![16, 8]),
+                ([2, 2, 8, 81], vec![2, 8, 9, 9]),
+            ] {
+                let mut case = case(sizes, dtype, 2)?;
+                case.weight = Some(vec![1.0 + f64::powi(2.0, -12); 8]);
+                let dtypes = Dtypes(dtype, DType::F32);
+                let op = |x: &Tensor, args: &RowNormArgs| group_norm(x, 2, args);
+                let outcome = run(&case, &shape, dtypes, Memory::Contiguous, &device, op)?;
+                let truth = case.truth();
+                check(&format!("{dtype:?} {shape:?}"), &outcome, &truth, dtype)?;
+                // These have the digits of F32.
+                let dweight = outcome.dweight.as_ref().unwrap();
+                assert_eq!(dweight.dtype(), DType::F32);
+                for (i, got) in values(dweight)?.iter().enumerate() {
+                    let error = (got - truth.dweight[i]).abs();
+                    assert!(
+                        error <= 1e-6 * truth.dweight_scale[i],
+                        "dweight[{i}]: {error:e}"
+                    );
+                }
             }
         }
     }
     Ok(())
+}
+
+/// Absent parameters, and arguments that nobody wants a gradient of.
+#[test]
+fn each_argument_has_its_own_gradient_and_only_if_it_is_wanted() -> Result<()> {
+    for device in devices() {
+        for (sizes, shape, memory) in [
+            ([3, 2, 6, 5], vec![3, 6, 5], Memory::Contiguous),
+            ([3, 2, 6, 64], vec![3, 6, 8, 8], Memory::Contiguous),
+            ([3, 2, 6, 64], vec![3, 6, 8, 8], Memory::ChannelsLast),
+        ] {
+            for present in 0..4 {
+                let mut case = case(sizes, DType::F32, 21)?;
+                case.relu = true;
+                case.weight = case.weight.filter(|_| present & 1 != 0);
+                case.bias = case.bias.filter(|_| present & 2 != 0);
+                let op = |x: &Tensor, args: &RowNormArgs| group_norm(x, 2, args);
+                let what = format!("{shape:?} {memory:?}, present {present}");
+                let outcome = run(&case, &shape, DType::F32, memory, &device, op)?;
+                assert_eq!(outcome.dweight.is_some(), present & 1 != 0, "{what}");
+                assert_eq!(outcome.dbias.is_some(), present & 2 != 0, "{what}");
+                check(&what, &outcome, &case.truth(), DType::F32)?;
+            }
+            let case = case(sizes, DType::F32, 21)?;
+            let truth = case.truth();
+            let dy = tensor(&case.dy, &shape, DType::F32, &device)?;
+            let x = var(&case.x, &shape, DType::F32, &device)?;
+            let weight = var(case.weight.as_ref().unwrap(), &[6], DType::F32, &device)?;
+            let bias = var(case.bias.as_ref().unwrap(), &[6], DType::F32, &device)?;
+            for tracked in 1..8 {
+                let part = |var: &Var, bit: usize| match tracked & bit {
+                    0 => var.detach(),
+                    _ => var.as_tensor().clone(),
+                };
+                let (w, b) = (part(&weight, 2), part(&bias, 4));
+                let args = RowNormArgs {
+                    weight: Some(&w),
+                    bias: Some(&b),
+                    ..RowNormArgs::new()
+                };
+                let grads = (group_norm(&part(&x, 1), 2, &args)? * &dy)?
+                    .sum_all()?
+                    .backward()?;
+                for (var, bit, expected) in [
+                    (&x, 1, &truth.dx),
+                    (&weight, 2, &truth.dweight),
+                    (&bias, 4, &truth.dbias),
+                ] {
+                    let got = grads.get(var);
+                    assert_eq!(
+                        got.is_some(),
+                        tracked & bit != 0,
+                        "{shape:?}, tracked {tracked}"
+                    );
+                    if let Some(got) = got {
+                        let what = format!("{shape:?}, tracked {tracked}, argument {bit}");
+                        assert_close(&what, &values(got)?, expected, 2e-5, 2e-6);
+                    }
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_number_of_threads_does_not_matter() -> Result<()> {
+    let mut results = vec![];
+    for (sizes, shape) in [
+        ([300, 1, 200, 1], vec![300, 200]),
+        ([5, 1, 20_000, 1], vec![5, 20_000]),
+        ([3, 2, 8, 4900], vec![3, 8, 70, 70]),
+        ([40, 4, 16, 100], vec![40, 16, 10, 10]),
+    ] {
+        for memory in [Memory::Contiguous, Memory::ChannelsLast] {
+            let case = case(sizes, DType::F32, 8)?;
+            let groups = case.groups;
+            let op = |x: &Tensor, args: &RowNormArgs| group_norm(x, groups, args);
+            let outcome = run(&case, &shape, DType::F32, memory, &Device::Cpu, op)?;
+            let grads = [outcome.dweight, outcome.dbias].into_iter().flatten();
+            for t in [outcome.y, outcome.dx].into_iter().chain(grads) {
+                results.extend(values(&t)?);
+            }
+        }
+    }
+    common::assert_bits_for_any_number_of_threads("the_number_of_threads_does_not_matter", &results)
 }
 
 #[test]

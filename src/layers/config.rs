@@ -3,6 +3,7 @@
 use candle_core::{bail, Result};
 
 use crate::ops::{Activation, RenormLimits};
+use crate::shape::check_eps;
 
 /// What a layer keeps as it is during training.
 #[derive(Debug, Clone, Copy, PartialEq, Eq, Default)]
@@ -243,9 +244,7 @@ impl BatchNormConfig {
     }
 
     pub(super) fn check(&self) -> Result<()> {
-        if self.eps.is_nan() || self.eps < 0.0 {
-            bail!("batch norm expects eps >= 0, got {}", self.eps)
-        }
+        check_eps("batch norm", self.eps)?;
         if let Some(momentum) = self.momentum {
             if !(0.0..=1.0).contains(&momentum) {
                 bail!("batch norm expects a momentum from 0 to 1, got {momentum}")

@@ -5,6 +5,10 @@ use candle_nn::VarBuilder;
 
 use super::parameters::parameters;
 use crate::ops::{self, Activation, RowNormArgs};
+use crate::shape::check_eps;
+
+/// For errors.
+const NAME: &str = "group norm";
 
 /// The options of a [`GroupNorm`]. The default is PyTorch's.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -53,7 +57,7 @@ pub struct GroupNorm {
 /// `[num_channels]` each, from `vb`.
 ///
 /// # Errors
-/// A number of groups that does not divide the channels, a `VarBuilder` of another dtype than F32, F64, F16 or
+/// `eps < 0` or NaN, a number of groups that does not divide the channels, a `VarBuilder` of another dtype than F32, F64, F16 or
 /// BF16, and whatever `vb` says of missing or differing variables.
 ///
 /// ```
@@ -77,9 +81,10 @@ pub fn group_norm<C: Into<GroupNormConfig>>(
     vb: VarBuilder,
 ) -> Result<GroupNorm> {
     let config = config.into();
+    check_eps(NAME, config.eps)?;
     check_groups(num_groups, num_channels)?;
     let wanted = [config.affine; 2];
-    let (weight, bias) = parameters("group norm", &num_channels.into(), wanted, &vb)?;
+    let (weight, bias) = parameters(NAME, &num_channels.into(), wanted, &vb)?;
     Ok(GroupNorm {
         num_groups,
         num_channels,

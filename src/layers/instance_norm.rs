@@ -5,11 +5,12 @@ use candle_nn::VarBuilder;
 
 use super::parameters::{parameters, statistics};
 use crate::ops::{self, batch_norm_inference, Activation, BatchNormArgs, RowNormArgs};
+use crate::shape::check_eps;
 
 /// The options of an [`InstanceNorm`]. The default is PyTorch's.
 #[derive(Debug, Clone, Copy, PartialEq)]
 pub struct InstanceNormConfig {
-    /// Added to the variance under the root: at least 0, above 0 with running statistics.
+    /// Added to the variance under the root: at least 0.
     pub eps: f64,
     /// Whether there are a weight and a bias. PyTorch's default is that there are none.
     pub affine: bool,
@@ -64,7 +65,7 @@ pub struct InstanceNorm {
 /// `[num_features]`.
 ///
 /// # Errors
-/// A momentum outside of 0..=1, a `VarBuilder` of another dtype than F32, F64, F16 or BF16, and whatever `vb`
+/// `eps < 0` or NaN, a momentum outside of 0..=1, a `VarBuilder` of another dtype than F32, F64, F16 or BF16, and whatever `vb`
 /// says of missing or differing variables.
 ///
 /// ```
@@ -90,6 +91,7 @@ pub fn instance_norm<C: Into<InstanceNormConfig>>(
 ) -> Result<InstanceNorm> {
     const NAME: &str = "instance norm";
     let config = config.into();
+    check_eps(NAME, config.eps)?;
     if !(0.0..=1.0).contains(&config.momentum) {
         bail!(
             "{NAME} expects a momentum from 0 to 1, got {}",
@@ -171,10 +173,11 @@ impl ModuleT for InstanceNorm {
             activation,
             eps,
         };
+        let Some([mean, var]) = &self.running else {
+            return ops::instance_norm_alone(x, &args);
+        };
         let (y, stats) = ops::instance_norm(x, &args)?;
-        if let Some([mean, var]) = &self.running {
-            stats.update_running(Some(mean), var, momentum)?;
-        }
+        stats.update_running(Some(mean), var, momentum)?;
         Ok(y)
     }
 }

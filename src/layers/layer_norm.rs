@@ -1,14 +1,18 @@
 //! Layer norm and RMS norm, in candle-nn's look.
 
-use candle_core::{Module, Result, Shape, Tensor};
+use candle_core::{bail, Module, Result, Shape, Tensor};
 use candle_nn::VarBuilder;
 
 use super::parameters::parameters;
 use crate::ops::{self, Activation, RowNormArgs};
+use crate::shape::check_eps;
+
+/// For errors.
+const NAME: &str = "layer norm";
 
 /// The options of a [`LayerNorm`]. The default is PyTorch's.
 ///
-/// candle-nn's `affine: false` leaves only the bias out; that is `bias: false` here.
+/// candle-nn's field `affine` says whether there is a bias: that is `bias` here.
 ///
 /// ```
 /// use candle_batch_norm::layers::LayerNormConfig;
@@ -20,9 +24,9 @@ pub struct LayerNormConfig {
     pub eps: f64,
     /// Without it this is an RMS norm.
     pub remove_mean: bool,
-    /// Whether there are a weight and a bias: PyTorch's `elementwise_affine`.
-    pub affine: bool,
-    /// Whether there is a bias, if `affine`.
+    /// Whether there are a weight and a bias.
+    pub elementwise_affine: bool,
+    /// Whether there is a bias, if `elementwise_affine`.
     pub bias: bool,
     /// Applied to the output, in the same pass.
     pub activation: Activation,
@@ -33,7 +37,7 @@ impl Default for LayerNormConfig {
         Self {
             eps: 1e-5,
             remove_mean: true,
-            affine: true,
+            elementwise_affine: true,
             bias: true,
             activation: Activation::Identity,
         }
@@ -62,10 +66,10 @@ pub struct LayerNorm {
 }
 
 /// Builds a layer for inputs whose last dimensions are `normalized_shape` (a number, or a tuple of them), with
-/// the variables `weight` and `bias` of that shape from `vb`.
+/// the variables `weight` and `bias` of that shape from `vb`; or `gamma` and `beta`, if it has those, as candle-nn.
 ///
 /// # Errors
-/// A `VarBuilder` of another dtype than F32, F64, F16 or BF16, and whatever `vb` says of missing or differing
+/// `eps < 0` or NaN, an empty `normalized_shape`, a `VarBuilder` of another dtype than F32, F64, F16 or BF16, and whatever `vb` says of missing or differing
 /// variables.
 ///
 /// ```
@@ -89,14 +93,34 @@ pub fn layer_norm<S: Into<Shape>, C: Into<LayerNormConfig>>(
     vb: VarBuilder,
 ) -> Result<LayerNorm> {
     let (normalized_shape, config) = (normalized_shape.into(), config.into());
-    let wanted = [config.affine, config.affine && config.bias];
-    let (weight, bias) = parameters("layer norm", &normalized_shape, wanted, &vb)?;
+    check_eps(NAME, config.eps)?;
+    if normalized_shape.rank() == 0 {
+        bail!("{NAME} expects a normalized_shape of at least one dimension, got none")
+    }
+    let wanted = [true, config.bias].map(|wanted| wanted && config.elementwise_affine);
+    let (weight, bias) = parameters(NAME, &normalized_shape, wanted, &vb)?;
     Ok(LayerNorm {
         normalized_shape,
         weight,
         bias,
         config,
     })
+}
+
+/// [`layer_norm`] without a bias.
+///
+/// # Errors
+/// Those of [`layer_norm`].
+pub fn layer_norm_no_bias<S: Into<Shape>>(
+    normalized_shape: S,
+    eps: f64,
+    vb: VarBuilder,
+) -> Result<LayerNorm> {
+    let config = LayerNormConfig {
+        bias: false,
+        ..eps.into()
+    };
+    layer_norm(normalized_shape, config, vb)
 }
 
 impl LayerNorm {
@@ -182,12 +206,9 @@ pub struct RmsNorm(LayerNorm);
 /// # }
 /// ```
 pub fn rms_norm(size: usize, eps: f64, vb: VarBuilder) -> Result<RmsNorm> {
-    let config = LayerNormConfig {
-        remove_mean: false,
-        bias: false,
-        ..eps.into()
-    };
-    layer_norm(size, config, vb).map(RmsNorm)
+    let mut layer = layer_norm_no_bias(size, eps, vb)?;
+    layer.config.remove_mean = false;
+    Ok(RmsNorm(layer))
 }
 
 impl RmsNorm {

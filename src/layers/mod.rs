@@ -17,6 +17,8 @@ pub use config::{BatchNormConfig, Freeze, InitialValues, RenormSchedule};
 pub use conv2d::{conv2d, conv2d_no_bias, Conv2d};
 pub use group_norm::{group_norm, GroupNorm, GroupNormConfig};
 pub use instance_norm::{instance_norm, InstanceNorm, InstanceNormConfig};
-pub use layer_norm::{layer_norm, rms_norm, LayerNorm, LayerNormConfig, RmsNorm};
+pub use layer_norm::{
+    layer_norm, layer_norm_no_bias, rms_norm, LayerNorm, LayerNormConfig, RmsNorm,
+};
 pub use linear::{linear, linear_no_bias, Linear};
 pub use regularise::{Constraint, Penalty};

@@ -3,7 +3,8 @@
 use candle_core::{bail, DType, Result, Shape, Tensor};
 use candle_nn::{Init, VarBuilder};
 
-/// Weight (ones) and bias (zeros) by these names, as far as they are wanted.
+/// Weight (ones) and bias (zeros) as far as they are wanted, by these names or by `gamma` and `beta` if `vb` has
+/// those.
 pub(super) fn parameters(
     layer: &str,
     shape: &Shape,
@@ -11,13 +12,22 @@ pub(super) fn parameters(
     vb: &VarBuilder,
 ) -> Result<(Option<Tensor>, Option<Tensor>)> {
     check_dtype(layer, vb)?;
-    let get = |wanted: bool, name, init| match wanted {
-        true => vb
-            .get_with_hints(shape.clone(), name, Init::Const(init))
-            .map(Some),
-        false => Ok(None),
+    let get = |wanted: bool, name, other, init| {
+        let name = match vb.contains_tensor(other) {
+            true => other, // as older checkpoints of such layers have it
+            false => name,
+        };
+        match wanted {
+            true => vb
+                .get_with_hints(shape.clone(), name, Init::Const(init))
+                .map(Some),
+            false => Ok(None),
+        }
     };
-    Ok((get(weight, "weight", 1.0)?, get(bias, "bias", 0.0)?))
+    Ok((
+        get(weight, "weight", "gamma", 1.0)?,
+        get(bias, "bias", "beta", 0.0)?,
+    ))
 }
 
 /// Checks that the variables of `vb` are something to compute with.

@@ -164,7 +164,7 @@ impl<'a> Builder<'a> {
                 };
                 let alone = LayerNormConfig {
                     eps: config.eps,
-                    affine: false,
+                    elementwise_affine: false,
                     activation: config.activation,
                     ..Default::default()
                 };
@@ -184,7 +184,7 @@ impl<'a> Builder<'a> {
 fn dense(config: GroupNormConfig) -> LayerNormConfig {
     LayerNormConfig {
         eps: config.eps,
-        affine: config.affine,
+        elementwise_affine: config.affine,
         activation: config.activation,
         ..Default::default()
     }

@@ -143,6 +143,13 @@ mod tests {
             ..args
         };
         assert_eq!(handed_over(&batch_norm_train(&images, &args)?.0)?, 2);
+        let (weight, bias) = (var(&[3, 8, 8])?, var(&[3, 8, 8])?);
+        let args = RowNormArgs {
+            weight: Some(&weight),
+            bias: Some(&bias),
+            ..RowNormArgs::new()
+        };
+        assert_eq!(handed_over(&layer_norm(&images, (3, 8, 8), &args)?)?, 3);
         assert_eq!(handed_over(&images.to_dtype(DType::F64)?.sqr()?)?, 0);
         Ok(())
     }

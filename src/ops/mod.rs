@@ -30,6 +30,7 @@ pub use cross_entropy::cross_entropy;
 pub use linear::linear;
 pub use max_pool2d::max_pool2d;
 pub use relu::relu;
+pub(crate) use row_norm::instance_norm_alone;
 #[doc(hidden)]
 pub use row_norm::plan as row_plan;
 pub use row_norm::{group_norm, instance_norm, layer_norm, rms_norm, RowNormArgs};

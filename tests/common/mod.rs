@@ -83,6 +83,36 @@ pub fn rounding(dtype: DType) -> f64 {
     }
 }
 
+/// Runs the test of this name again with other numbers of threads, and compares the bits of its results.
+pub fn assert_bits_for_any_number_of_threads(test: &str, results: &[f64]) -> Result<()> {
+    const CHILD: &str = "TEST_PRINTS_BITS";
+    const MARK: &str = "bits of the results: ";
+    // FNV-1a
+    let hash = results
+        .iter()
+        .fold(0xcbf2_9ce4_8422_2325_u64, |hash, result| {
+            (hash ^ result.to_bits()).wrapping_mul(0x0100_0000_01b3)
+        });
+    if std::env::var(CHILD).is_ok() {
+        println!("{MARK}{hash:x}");
+        return Ok(());
+    }
+    for threads in ["1", "3"] {
+        let output = std::process::Command::new(std::env::current_exe()?)
+            .args(["--exact", test, "--nocapture"])
+            .env("RAYON_NUM_THREADS", threads)
+            .env("CANDLE_NUM_THREADS", threads)
+            .env(CHILD, "")
+            .output()?;
+        let output = String::from_utf8_lossy(&output.stdout);
+        assert!(
+            output.contains(&format!("{MARK}{hash:x}")),
+            "{threads} threads: {output}"
+        );
+    }
+    Ok(())
+}
+
 /// The arguments of one case, in `f64`.
 #[derive(Clone, Default)]
 pub struct Case {

@@ -17,7 +17,7 @@ use candle_core::{bail, DType, Result, Tensor};
 
 use crate::ops::max_pool2d::max_pool2d;
 use crate::ops::max_pool2d::windows::Windows;
-use crate::shape::{check_one_dtype, check_parameter, Dims, Order};
+use crate::shape::{check_eps, check_one_dtype, check_parameter, Dims, Order};
 use args::{check, check_training, Pooling};
 pub use args::{Activation, BatchNormArgs};
 use op::{BatchNormOp, Slots};
@@ -209,9 +209,7 @@ pub fn batch_norm_inference(
         check_parameter(NAME, what, given, &[dims.c], x, &dtypes)?;
     }
     check_one_dtype(NAME, "mean and variance", mean, var)?;
-    if args.eps.is_nan() || args.eps < 0.0 {
-        bail!("batch norm expects eps >= 0, got {}", args.eps)
-    }
+    check_eps(NAME, args.eps)?;
     let pooling = args.pooling(x)?;
     if dims.numel() == 0 {
         return of_nothing(x, pooling);

@@ -2,7 +2,8 @@
 
 use candle_core::{bail, CpuStorage, DType, InplaceOp2, Layout, Result, Tensor};
 
-/// Mean and variance of one batch, as [`batch_norm_train`](super::batch_norm_train) used them.
+/// Mean and variance of one batch, as [`batch_norm_train`](super::batch_norm_train) used them; or of
+/// [`instance_norm`](crate::ops::instance_norm()) the means over the samples of theirs.
 ///
 /// They are F64 whatever the dtype of the input, on its device, and constants to autograd.
 #[derive(Debug, Clone)]
@@ -24,7 +25,7 @@ impl BatchStats {
         Ok(Self::new(stats, 0))
     }
 
-    /// The number of values per channel, `m`.
+    /// The number of values per channel, `m` (of a sample, where each has its own statistics).
     pub fn count(&self) -> usize {
         self.count
     }

@@ -12,7 +12,7 @@ use candle_core::{bail, Result, Shape, Tensor};
 use super::batch_norm::BatchStats;
 use super::Activation;
 use crate::dims::Rows;
-use crate::shape::{check_input, check_parameters, check_values, Order};
+use crate::shape::{check_eps, check_input, check_parameters, check_values, Order};
 
 /// What a backend has to know beside the tensors.
 #[derive(Debug, Clone, Copy)]
@@ -96,7 +96,8 @@ impl Default for RowNormArgs<'_> {
 /// ```
 ///
 /// `x` is F32, F64, F16 or BF16, and `y` has its shape and dtype; it is copied first if it is not contiguous.
-/// Values are computed in F32 (F64 for F64) and summed in F64. A row of constant values gives exactly the bias.
+/// Values are computed in F32 (F64 for F64) and summed in F64 (on CUDA, 4 to 32 values of F32 at a time are summed in
+/// F32 first). A row of constant values gives exactly the bias, or NaN if `eps` is 0.
 ///
 /// PyTorch: `torch.nn.functional.layer_norm(x, normalized_shape, weight, bias, eps)`. Source: Ba, Kiros and
 /// Hinton 2016, <https://arxiv.org/abs/1607.06450>.
@@ -162,7 +163,8 @@ pub fn rms_norm(
 ///
 /// Formula, gradients, dtypes and accuracy are those of [`layer_norm`], where a row is a group of a sample with
 /// all of its positions, and weight and bias are `[c]`. Contiguous tensors and those with the channels last in
-/// memory (`[n, …, c]` permuted) are taken as they are, others are copied first.
+/// memory (`[n, …, c]` permuted) are taken as they are, others are copied first; on CUDA also those with the channels
+/// last and less than 32 bytes of them in a group.
 ///
 /// PyTorch: `torch.nn.functional.group_norm(x, num_groups, weight, bias, eps)`. Source: Wu and He 2018,
 /// <https://arxiv.org/abs/1803.08494>.
@@ -213,13 +215,21 @@ pub fn group_norm(x: &Tensor, num_groups: usize, args: &RowNormArgs) -> Result<T
 /// # }
 /// ```
 pub fn instance_norm(x: &Tensor, args: &RowNormArgs) -> Result<(Tensor, BatchStats)> {
-    let (y, rows, saved) = groups("instance norm", x, None, args)?;
+    let (y, rows, saved) = groups(INSTANCE, x, None, args)?;
     let Some(saved) = saved else {
         return Ok((y, BatchStats::of_nothing(x)?));
     };
     let by_sample = saved.reshape((2, rows.n, rows.c))?;
     Ok((y, BatchStats::new(by_sample.mean(1)?, rows.s)))
 }
+
+/// [`instance_norm`] for those who need no statistics.
+pub(crate) fn instance_norm_alone(x: &Tensor, args: &RowNormArgs) -> Result<Tensor> {
+    Ok(groups(INSTANCE, x, None, args)?.0)
+}
+
+/// For errors.
+const INSTANCE: &str = "instance norm";
 
 /// Norms over the last dimensions.
 fn last_dimensions(
@@ -292,7 +302,12 @@ fn groups(
     if dims.numel() == 0 {
         return Ok((x.clone(), rows, None));
     }
-    let order = Order::of(x)?;
+    // A CUDA kernel reads at least a sector, 32 bytes, and would use little of it.
+    let narrow = dims.c / groups * x.dtype().size_in_bytes() < 32;
+    let order = match x.device().is_cuda() && narrow {
+        true => Order::ChannelsFirst,
+        false => Order::of(x)?,
+    };
     let spec = Spec {
         rows,
         channels_last: order == Order::ChannelsLast,
@@ -302,11 +317,4 @@ fn groups(
     };
     let (y, saved) = op::apply(name, spec, &order.into_kernel(x)?, args)?;
     Ok((order.out_of_kernel(&y, x)?, rows, Some(saved)))
-}
-
-fn check_eps(name: &str, eps: f64) -> Result<()> {
-    if eps.is_nan() || eps < 0.0 {
-        bail!("{name} expects eps >= 0, got {eps}")
-    }
-    Ok(())
 }

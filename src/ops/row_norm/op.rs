@@ -50,8 +50,8 @@ pub(super) fn apply(
     x: &Tensor,
     args: &RowNormArgs,
 ) -> Result<(Tensor, Tensor)> {
-    let flat = |t: Option<&Tensor>| t.map(|t| t.contiguous()?.flatten_all()).transpose();
-    let (weight, bias) = (flat(args.weight)?, flat(args.bias)?);
+    let contiguous = |t: Option<&Tensor>| t.map(Tensor::contiguous).transpose();
+    let (weight, bias) = (contiguous(args.weight)?, contiguous(args.bias)?);
     let op = RowNormOp {
         name,
         spec,
@@ -156,14 +156,14 @@ impl CustomOp3 for RowNormOp {
             device => bail!("{} has no gradient on {:?}", self.name, device.location()),
         };
         // Each with memory of its own, as gradients have that candle sums up.
-        let row = |wanted: bool, row| match &dparams {
-            Some(dparams) if wanted => dparams.get(row)?.copy().map(Some),
+        let row = |wanted: bool, row, like: &Tensor| match &dparams {
+            Some(dparams) if wanted => dparams.get(row)?.copy()?.reshape(like.shape()).map(Some),
             _ => Ok(None),
         };
         Ok((
             gradient_of(x, dx)?,
-            gradient_of(weight, row(wants_weight, 0)?)?,
-            gradient_of(bias, row(wants_bias, 1)?)?,
+            gradient_of(weight, row(wants_weight, 0, weight)?)?,
+            gradient_of(bias, row(wants_bias, 1, bias)?)?,
         ))
     }
 }

@@ -39,33 +39,30 @@ impl<A: Real> Row<A> {
     }
 }
 
-/// What a row needs for `dx = scale·g - (mean + (x - mean_x)·slope)`, `scale = rstd·weight`.
+/// What a row needs for `dx = scale·g - rstd·(mean_h + (x - mean)·slope)`, `scale = rstd·weight`.
 ///
-/// With `h = weight·g`, `mean = rstd·Σh / len` and `slope = rstd³·Σ(h·(x - mean_x)) / len`.
+/// With `h = weight·g`, `mean_h = Σh / len` and `slope = rstd²·Σ(h·(x - mean)) / len`.
 #[derive(Clone, Copy)]
 pub(super) struct RowGrad<A> {
-    mean: A,
+    rstd: A,
+    mean_h: A,
     slope: A,
 }
 
 impl<A: Real> RowGrad<A> {
-    /// From `Σh` and `Σ(h·(x - mean_x))`.
+    /// From `Σh` and `Σ(h·(x - mean))`.
     pub fn new(spec: &Spec, row: &Row<A>, h: f64, hx: f64) -> Self {
         let len = spec.rows.len() as f64;
-        let mean = if spec.remove_mean {
-            row.rstd * h / len
-        } else {
-            0.0
-        };
         Self {
-            mean: A::from_f64(mean),
-            slope: A::from_f64(row.rstd.powi(3) * hx / len),
+            rstd: A::from_f64(row.rstd),
+            mean_h: A::from_f64(if spec.remove_mean { h / len } else { 0.0 }),
+            slope: A::from_f64(row.rstd * row.rstd * hx / len),
         }
     }
 
     #[inline(always)]
     pub fn dx(&self, channel: &Channel<A>, x: A, g: A) -> A {
-        channel.scale * g - (self.mean + channel.centre(x) * self.slope)
+        channel.scale * g - self.rstd * (self.mean_h + channel.centre(x) * self.slope)
     }
 }
 

@@ -154,7 +154,8 @@ pub(super) fn write_dx<T: Element, M: Mask<T>, P: Affine<T::Real>>(
 }
 
 /// At least so many samples share the sums of the parameters' gradients, which are two `f64` for each value
-/// of a sample, if there are enough of them for several threads.
+/// of a sample, if there are enough of them for several threads. Fewer samples have sums each: four times the
+/// memory of an F32 tensor.
 const SAMPLES: usize = 8;
 
 /// And so many values.

@@ -1,5 +1,6 @@
-//! Row norms of tensors with the channels last, `[n, s, c]`: a few channels at a time are brought in front of
-//! the values of a sample, in room of its own that stays in the cache, and the results back.
+//! Row norms of tensors with the channels last, `[n, s, c]`: the channels of one row, or of a few narrow ones, are
+//! brought in front of the values of a sample, in room of its own, and the results back. A sample with only one
+//! row has room for all of it.
 
 use std::mem::MaybeUninit;
 use std::ops::Range;
@@ -142,7 +143,7 @@ pub(super) fn backward<T: Element, M: Mask<T>>(job: &Backward<T>, affine: &ByPla
                 let bunch = bunches.get(index);
                 let x = bunches.gather(&bunch, job.x);
                 let dy = bunches.gather(&bunch, job.dy);
-                let mut dx = vec![MaybeUninit::uninit(); x.len()];
+                let mut dx = vec![MaybeUninit::uninit(); dx_parts.map_or(0, |_| x.len())];
                 let mut planes = Vec::new();
                 for (i, group) in bunch.groups.clone().enumerate() {
                     let (row, start) = (
@@ -156,7 +157,9 @@ pub(super) fn backward<T: Element, M: Mask<T>>(job: &Backward<T>, affine: &ByPla
                         y: &x[run.clone()],
                     };
                     let sums = plane_sums::<T, M>(affine, row, start, &slice, &mut planes);
-                    write_dx::<T, M, _>(spec, affine, row, sums, start, &slice, &mut dx[run]);
+                    if dx_parts.is_some() {
+                        write_dx::<T, M, _>(spec, affine, row, sums, start, &slice, &mut dx[run]);
+                    }
                 }
                 if let Some(parts) = dx_parts {
                     // SAFETY: `write_dx` has written each row, and no two bunches have a value in common.
