@@ -191,8 +191,28 @@ def state_dict():
     record("net", {f"{name}_cumulative": buffer for name, buffer in net.bn1.named_buffers()})
 
 
+def gradient_penalty():
+    """A critic's (|dloss/dx| - 1)^2 and its gradients: the second derivatives of WGAN-GP."""
+    torch.manual_seed(11)
+    conv, bn, fc = nn.Conv2d(2, 3, 3, padding=1), nn.BatchNorm2d(3), nn.Linear(3 * 20, 1)
+    critic = nn.Sequential(conv, bn, nn.ReLU(), nn.Flatten(), fc).double()
+    with torch.no_grad():
+        bn.weight.copy_(torch.linspace(0.5, 1.5, 3))
+        bn.bias.copy_(torch.linspace(-0.5, 0.5, 3))
+    x = torch.randn(6, 2, 4, 5, dtype=torch.float64).requires_grad_()
+    record("penalty", dict(critic.named_parameters()) | {"x": x})
+    assert bn(conv(x)).abs().min() > 1e-4
+    dx, = torch.autograd.grad(critic(x).sum(), x, create_graph=True)
+    penalty = (dx.flatten(1).norm(dim=1) - 1).square().mean()
+    penalty.backward()
+    record("penalty", {"dx": dx, "penalty": penalty, "penalty_dx": x.grad})
+    grads = {f"penalty_d{name}": p.grad for name, p in critic.named_parameters()}
+    record("penalty", {name: grad for name, grad in grads.items() if grad is not None})
+
+
 torch.set_num_threads(1)
 layer_cases()
 functional_cases()
 state_dict()
+gradient_penalty()
 save_file(TENSORS, OUT / "pytorch_batch_norm.safetensors")

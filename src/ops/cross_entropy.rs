@@ -4,6 +4,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{bail, CpuStorage, CustomOp2, DType, Layout, Result, Shape, Tensor, WithDType};
 
 use super::backward::gradient_of;
+use super::keeps_graph::keeps_graph;
 use super::output::Output;
 use super::parallel::{for_each, map};
 use super::slices::{dispatch, tensor, values, with_values};
@@ -111,12 +112,17 @@ impl CustomOp2 for CrossEntropy {
         _loss: &Tensor,
         dloss: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>)> {
-        let dloss = dloss.detach();
-        let dlogits = dispatch!(
-            NAME,
-            logits.dtype(),
-            backward(logits, labels, &dloss, self.classes)
-        )?;
+        let dlogits = match keeps_graph() {
+            true => composed(logits, labels, dloss)?,
+            false => {
+                let dloss = dloss.detach();
+                dispatch!(
+                    NAME,
+                    logits.dtype(),
+                    backward(logits, labels, &dloss, self.classes)
+                )?
+            }
+        };
         Ok((gradient_of(logits, Some(dlogits))?, None))
     }
 }
@@ -186,4 +192,18 @@ fn backward<T: WithDType>(
         })
     })?;
     Ok(tensor(dlogits, logits.shape()))
+}
+
+/// The gradient by candle's ops, so that it has gradients to `logits` and `dloss`.
+fn composed(logits: &Tensor, labels: &Tensor, dloss: &Tensor) -> Result<Tensor> {
+    let (n, classes) = logits.dims2()?;
+    let wide = logits.to_dtype(DType::F64)?;
+    let max = wide.detach().max_keepdim(1)?;
+    let exponentials = wide.broadcast_sub(&max)?.exp()?;
+    let shares = exponentials.broadcast_div(&exponentials.sum_keepdim(1)?)?;
+    let all = Tensor::arange(0, classes as u32, logits.device())?;
+    let right = labels.unsqueeze(1)?.broadcast_eq(&all.unsqueeze(0)?)?;
+    let scale = (dloss.to_dtype(DType::F64)? / n as f64)?;
+    let dlogits = (shares - right.to_dtype(DType::F64)?)?.broadcast_mul(&scale)?;
+    dlogits.to_dtype(logits.dtype())
 }

@@ -6,6 +6,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType};
 
 use super::backward::gradient_of;
+use super::keeps_graph::keeps_graph;
 use super::output::Output;
 use super::parallel::for_each;
 use super::slices::{check_float, dispatch, tensor, values, vectorised, with_values};
@@ -63,8 +64,10 @@ impl CustomOp1 for Relu {
     }
 
     fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let dy = dy.detach().contiguous()?;
-        let dx = dispatch!(NAME, x.dtype(), backward(x, &dy))?;
+        let dx = match keeps_graph() {
+            true => through_relu(x, dy)?,
+            false => dispatch!(NAME, x.dtype(), backward(x, &dy.detach().contiguous()?))?,
+        };
         gradient_of(x, Some(dx))
     }
 }
@@ -88,6 +91,13 @@ fn backward<T: WithDType>(x: &Tensor, dy: &Tensor) -> Result<Tensor> {
         })
     })?;
     Ok(tensor(dx, x.shape()))
+}
+
+/// `dy` where a ReLU let through, 0 elsewhere, with a gradient to `dy`. `values` are those before the
+/// ReLU or behind it.
+pub(super) fn through_relu(values: &Tensor, dy: &Tensor) -> Result<Tensor> {
+    let cut = values.detach().le(0.0)?;
+    cut.where_cond(&dy.zeros_like()?, dy)
 }
 
 /// Values of a task.

@@ -7,6 +7,7 @@ use candle_core::{
 };
 
 use super::backward::gradient_of;
+use super::keeps_graph::keeps_graph;
 use super::slices::{computed_in, tensor, values};
 
 /// Which gradients somebody asked for.
@@ -18,16 +19,27 @@ pub(crate) struct Wants {
 }
 
 /// The gradients that were asked for.
-pub(crate) struct Grads<T> {
-    pub dx: Option<Vec<T>>,
-    pub dweight: Option<Vec<T>>,
-    pub dbias: Option<Vec<T>>,
+pub(crate) struct Grads<V> {
+    pub dx: Option<V>,
+    pub dweight: Option<V>,
+    pub dbias: Option<V>,
 }
 
 /// The computation of such an op for a dtype, over contiguous tensors on the CPU.
 pub(crate) trait Weighted<T> {
     fn forward(&self, x: &[T], weight: &[T], bias: Option<&[T]>) -> Vec<T>;
-    fn backward(&self, x: &[T], weight: &[T], dy: &[T], wants: Wants) -> Grads<T>;
+    fn backward(&self, x: &[T], weight: &[T], dy: &[T], wants: Wants) -> Grads<Vec<T>>;
+}
+
+/// The gradients by candle's ops, so that they have gradients themselves.
+pub(crate) trait Composed {
+    fn composed(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        dy: &Tensor,
+        wants: Wants,
+    ) -> Result<Grads<Tensor>>;
 }
 
 /// Applies an op to tensors on the CPU, of which `x` and `weight` are contiguous. F16 and BF16 are
@@ -41,7 +53,7 @@ pub(crate) fn apply<W>(
     bias: Option<&Tensor>,
 ) -> Result<Tensor>
 where
-    W: Weighted<f32> + Weighted<f64> + Send + Sync + 'static,
+    W: Weighted<f32> + Weighted<f64> + Composed + Send + Sync + 'static,
 {
     let op = WeightedOp {
         name,
@@ -97,7 +109,7 @@ macro_rules! dispatch {
     };
 }
 
-impl<W: Weighted<f32> + Weighted<f64>> CustomOp3 for WeightedOp<W> {
+impl<W: Weighted<f32> + Weighted<f64> + Composed> CustomOp3 for WeightedOp<W> {
     fn name(&self) -> &'static str {
         self.name
     }
@@ -128,11 +140,16 @@ impl<W: Weighted<f32> + Weighted<f64>> CustomOp3 for WeightedOp<W> {
             dweight: weight.track_op(),
             dbias: self.has_bias && bias.track_op(),
         };
-        let dy = dy.detach().contiguous()?;
-        let (dx, dweight, dbias) = dispatch!(
-            dy.dtype(),
-            self.backward([x, weight, &dy], bias.shape(), wants)
-        )?;
+        let Grads { dx, dweight, dbias } = match keeps_graph() {
+            true => self.work.composed(x, weight, dy, wants)?,
+            false => {
+                let dy = dy.detach().contiguous()?;
+                dispatch!(
+                    dy.dtype(),
+                    self.backward([x, weight, &dy], bias.shape(), wants)
+                )?
+            }
+        };
         Ok((
             gradient_of(x, dx)?,
             gradient_of(weight, dweight)?,
@@ -158,7 +175,7 @@ impl<W> WeightedOp<W> {
         tensors: [&Tensor; 3],
         bias: &Shape,
         wants: Wants,
-    ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)>
+    ) -> Result<Grads<Tensor>>
     where
         W: Weighted<T>,
     {
@@ -173,10 +190,10 @@ impl<W> WeightedOp<W> {
             });
         let [x, weight, dy] = slices;
         let Grads { dx, dweight, dbias } = self.work.backward(x?, weight?, dy?, wants);
-        Ok((
-            dx.map(|dx| tensor(dx, tensors[0].shape())),
-            dweight.map(|dweight| tensor(dweight, tensors[1].shape())),
-            dbias.map(|dbias| tensor(dbias, bias)),
-        ))
+        Ok(Grads {
+            dx: dx.map(|dx| tensor(dx, tensors[0].shape())),
+            dweight: dweight.map(|dweight| tensor(dweight, tensors[1].shape())),
+            dbias: dbias.map(|dbias| tensor(dbias, bias)),
+        })
     }
 }

@@ -72,6 +72,20 @@ pub fn assert_error<T>(result: Result<T>, parts: &[&str]) {
     }
 }
 
+/// The gradient of `f` by central differences.
+pub fn differences(at: &[f64], step: f64, mut f: impl FnMut(&[f64]) -> f64) -> Vec<f64> {
+    let mut moved = at.to_vec();
+    let mut difference = |i: usize| {
+        moved[i] = at[i] + step;
+        let above = f(&moved);
+        moved[i] = at[i] - step;
+        let below = f(&moved);
+        moved[i] = at[i];
+        (above - below) / (2.0 * step)
+    };
+    (0..at.len()).map(&mut difference).collect()
+}
+
 /// The relative error that the dtype brings by itself when it rounds a result.
 pub fn rounding(dtype: DType) -> f64 {
     match dtype {

@@ -4,6 +4,7 @@ mod args;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod differentiable;
 mod host;
 mod op;
 pub mod plan;

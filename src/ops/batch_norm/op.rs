@@ -8,6 +8,7 @@ use candle_core::{bail, CpuStorage, CustomOp3, Device, Layout, Result, Shape, Te
 
 use super::{host, Activation, Spec, Wants};
 use crate::ops::backward::gradient_of;
+use crate::ops::keeps_graph::keeps_graph;
 
 /// Where weight and bias stand among the op's arguments, as far as there are any.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -86,8 +87,11 @@ impl BatchNormOp {
         saved: &Tensor,
         wants: Wants,
     ) -> Result<TensorGrads> {
+        if keeps_graph() {
+            return self.differentiable_gradients(args, y, dy, saved, wants);
+        }
         let relu = self.spec.activation == Activation::Relu;
-        let dy = dy.contiguous()?;
+        let dy = dy.detach().contiguous()?;
         let mut grads = TensorGrads {
             dx: None,
             dparams: None,
@@ -220,7 +224,7 @@ impl CustomOp3 for BatchNormOp {
             dparams: params_are_tracked,
             dresidual: self.has_residual && third.track_op(),
         };
-        let grads = self.gradients([x, second, third], y, &dy.detach(), saved, wants)?;
+        let grads = self.gradients([x, second, third], y, dy, saved, wants)?;
         let (dx, dsecond, mut dthird) = self.assign(grads)?;
         if self.has_residual && third.is_variable() {
             // It may be `dy` itself, of which others have a part.

@@ -5,6 +5,7 @@ use candle_core::{bail, Result, Tensor};
 use super::op::{BatchNormOp, Slots, TensorGrads};
 use super::{check_training, prepare, statistics, Normalise, Prepared};
 use super::{BatchNormArgs, BatchStats, Pooling, Wants};
+use crate::ops::keeps_graph::for_gradients;
 use crate::ops::max_pool2d::windows::Windows;
 use crate::ops::max_pool2d::{max_pool2d, max_pool2d_gradient};
 use crate::shape::{check_like, Order};
@@ -12,7 +13,8 @@ use crate::shape::{check_like, Order};
 /// [`batch_norm_train`](super::batch_norm_train) and what gives its gradients, for programs that go
 /// back through a network by themselves.
 ///
-/// The output is a constant to autograd. What candle's `backward` adds to an op, a tensor of zeros and
+/// The output is a constant to autograd, and so are the gradients, unless
+/// [gradients are to have gradients](crate::ops#gradients-of-gradients). What candle's `backward` adds to an op, a tensor of zeros and
 /// the sum of the gradient with it for each argument, is not there: on the CPU that is as much work as
 /// the op itself, in half precision many times as much.
 ///
@@ -49,11 +51,11 @@ pub fn batch_norm_vjp(
             x.dims()
         )
     }
-    let detach = |t: Option<&Tensor>| t.map(Tensor::detach);
+    let constant = |t: Option<&Tensor>| t.map(for_gradients);
     let (weight, bias, residual) = (
-        detach(args.weight),
-        detach(args.bias),
-        detach(args.residual),
+        constant(args.weight),
+        constant(args.bias),
+        constant(args.residual),
     );
     let args = BatchNormArgs {
         weight: weight.as_ref(),
@@ -61,7 +63,7 @@ pub fn batch_norm_vjp(
         residual: residual.as_ref(),
         ..*args
     };
-    let x = x.detach();
+    let x = for_gradients(x);
     let pooling = args.pooling(&x)?;
     let Prepared { op, order, tensors } = prepare(&x, &args, dims, pooling, Normalise::Batch)?;
     let y_kernel = tensors[0].apply_op3_no_bwd(&tensors[1], &tensors[2], &op)?;
@@ -123,7 +125,7 @@ impl BatchNormPullback {
         let [x, second, third] = &self.tensors;
         let dy = match &self.pooled {
             Some((windows, normalised)) => max_pool2d_gradient(windows, normalised, &self.y, dy)?,
-            None => dy.detach(),
+            None => for_gradients(dy),
         };
         let dy = self.order.into_kernel(&dy)?;
         let wants = Wants {

@@ -1,5 +1,6 @@
 //! 2D convolution for training.
 
+mod composed;
 mod cpu;
 
 use candle_core::{bail, Result, Tensor};

@@ -31,7 +31,7 @@ impl<T: WithDType> Weighted<T> for Spec {
     }
 
     /// The gradients for `dy`, `[n, outputs]`.
-    fn backward(&self, x: &[T], weight: &[T], dy: &[T], wants: Wants) -> Grads<T> {
+    fn backward(&self, x: &[T], weight: &[T], dy: &[T], wants: Wants) -> Grads<Vec<T>> {
         let Spec { n, inputs, outputs } = *self;
         let dx = Product {
             rows: n,

@@ -5,7 +5,7 @@ mod cpu;
 use candle_core::{bail, Result, Tensor};
 
 use super::slices::check_float;
-use super::weighted::{apply, check_like};
+use super::weighted::{apply, check_like, Composed, Grads, Wants};
 
 const NAME: &str = "linear";
 
@@ -114,4 +114,23 @@ fn check(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Spec> {
         inputs,
         outputs,
     })
+}
+
+impl Composed for Spec {
+    fn composed(
+        &self,
+        x: &Tensor,
+        weight: &Tensor,
+        dy: &Tensor,
+        wants: Wants,
+    ) -> Result<Grads<Tensor>> {
+        let rows = dy.reshape((self.n, self.outputs))?;
+        let dx = || rows.matmul(weight)?.reshape(x.shape());
+        let dweight = || rows.t()?.matmul(&x.reshape((self.n, self.inputs))?);
+        Ok(Grads {
+            dx: wants.dx.then(dx).transpose()?,
+            dweight: wants.dweight.then(dweight).transpose()?,
+            dbias: wants.dbias.then(|| rows.sum(0)).transpose()?,
+        })
+    }
 }

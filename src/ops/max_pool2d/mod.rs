@@ -11,6 +11,7 @@ use candle_core::{
 };
 
 use super::backward::gradient_of;
+use super::keeps_graph::keeps_graph;
 use super::slices::{check_float, dispatch, tensor, values, with_values};
 use windows::Windows;
 
@@ -76,6 +77,26 @@ pub(crate) fn max_pool2d_gradient(
     y: &Tensor,
     dy: &Tensor,
 ) -> Result<Tensor> {
+    if !keeps_graph() {
+        return constant_gradient(windows, x, y, dy);
+    }
+    let shares = constant_gradient(windows, x, y, &dy.ones_like()?)?;
+    spread(windows, dy)? * shares
+}
+
+/// What a window gets, at all of its pixels, with a gradient to `dy`; 0 for pixels in no window.
+fn spread(windows: &Windows, dy: &Tensor) -> Result<Tensor> {
+    let (n, c, oh, ow) = dy.dims4()?;
+    let &Windows { h, w, kernel } = windows;
+    dy.reshape((n * c, oh, 1, ow, 1))?
+        .broadcast_as((n * c, oh, kernel, ow, kernel))?
+        .reshape((n, c, oh * kernel, ow * kernel))?
+        .pad_with_zeros(2, 0, h - oh * kernel)?
+        .pad_with_zeros(3, 0, w - ow * kernel)
+}
+
+/// The gradient, by a fused pass on the CPU.
+fn constant_gradient(windows: &Windows, x: &Tensor, y: &Tensor, dy: &Tensor) -> Result<Tensor> {
     let (x, y, dy) = (x.detach(), y.detach(), dy.detach().contiguous()?);
     if !x.device().is_cpu() {
         return composed(windows, &x, &y, &dy);

@@ -50,7 +50,7 @@ impl<T: Element> Weighted<T> for Spec {
         })
     }
 
-    fn backward(&self, x: &[T], weight: &[T], dy: &[T], wants: Wants) -> Grads<T> {
+    fn backward(&self, x: &[T], weight: &[T], dy: &[T], wants: Wants) -> Grads<Vec<T>> {
         backward(&Backward {
             spec: self,
             x,
@@ -113,7 +113,7 @@ const PER_VALUE: usize = 16;
 const TASKS: usize = 16;
 
 /// The gradients of [`forward`].
-fn backward<T: Element>(job: &Backward<T>) -> Grads<T> {
+fn backward<T: Element>(job: &Backward<T>) -> Grads<Vec<T>> {
     let (spec, wants) = (job.spec, job.wants);
     let to_input = wants.dx.then(|| ToInput::new(job));
     let to_weight = wants.dweight.then(|| ToWeight::new(job));
