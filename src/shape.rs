@@ -121,7 +121,8 @@ pub(crate) fn check_like(what: &str, t: &Tensor, like: &str, x: &Tensor) -> Resu
     check_device("batch norm", what, t, x)
 }
 
-fn check_device(op: &str, what: &str, t: &Tensor, x: &Tensor) -> Result<()> {
+/// Checks the device of a tensor (`what` names it in errors) against the input.
+pub(crate) fn check_device(op: &str, what: &str, t: &Tensor, x: &Tensor) -> Result<()> {
     if !t.device().same_device(x.device()) {
         bail!(
             "{op} expects {what} on the input's device, {:?}, got {:?}",

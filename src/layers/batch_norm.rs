@@ -1,20 +1,17 @@
 //! The batch-norm layer.
 
-use candle_core::{bail, DType, ModuleT, Result, Tensor, Var};
+use candle_core::{bail, DType, Result, Tensor, Var};
 use candle_nn::{Init, VarBuilder};
 
-use super::axis::ChannelsSecond;
+use super::parameters::check_dtype;
+use super::running::Running;
 use super::{BatchNormConfig, Freeze};
-use crate::ops::{
-    batch_norm_inference, batch_norm_train, batch_renorm_train, BatchNormArgs, BatchStats,
-};
-use crate::shape::check_like;
 
 /// Batch normalisation of `[n, c, …]` over everything but the channels, with running statistics.
 ///
 /// In training the input is normalised with the mean and the biased variance of the batch, and the
 /// running statistics move towards the batch's mean and unbiased variance; in evaluation it is
-/// normalised with the running statistics. [`batch_norm_train`] and [`batch_norm_inference`] have
+/// normalised with the running statistics. [`batch_norm_train`](crate::ops::batch_norm_train) and [`batch_norm_inference`](crate::ops::batch_norm_inference) have
 /// the formulas, gradients, dtypes and layouts. [`BatchNormConfig`] has what may be otherwise: where the
 /// channels are, which variance is kept, renormalisation, and more.
 ///
@@ -27,15 +24,6 @@ pub struct BatchNorm {
     pub(super) weight: Option<Tensor>,
     pub(super) bias: Option<Tensor>,
     pub(super) config: BatchNormConfig,
-}
-
-/// The variables that training moves without a gradient.
-#[derive(Debug, Clone)]
-pub(super) struct Running {
-    pub mean: Var,
-    pub var: Var,
-    /// I64, a scalar. Present if it is needed or if the checkpoint has it.
-    pub num_batches_tracked: Option<Var>,
 }
 
 /// Builds a layer for `num_features` channels, with its variables from `vb`.
@@ -70,45 +58,10 @@ pub fn batch_norm<C: Into<BatchNormConfig>>(
 ) -> Result<BatchNorm> {
     let config = config.into();
     config.check()?;
-    if !matches!(
-        vb.dtype(),
-        DType::F32 | DType::F64 | DType::F16 | DType::BF16
-    ) {
-        bail!(
-            "batch norm expects a VarBuilder of dtype F32, F64, F16 or BF16, got {:?}",
-            vb.dtype()
-        )
-    }
-    let running = if config.track_running_stats {
-        // Running statistics in half precision would neither move by small steps nor hold a
-        // variance above 65504.
-        let dtype = match vb.dtype() {
-            DType::F64 => DType::F64,
-            _ => DType::F32,
-        };
-        let get = |name, init| -> Result<Tensor> {
-            let t = vb.get_with_hints_dtype(num_features, name, Init::Const(init), dtype)?;
-            // A `VarMap` gives what it holds, whatever the dtype.
-            match t.dtype() {
-                DType::F32 | DType::F64 => Ok(t),
-                held => bail!("batch norm expects a {name} of dtype F32 or F64, got {held:?}"),
-            }
-        };
-        let counts = config.momentum.is_none()
-            || config.renorm.is_some()
-            || vb.contains_tensor("num_batches_tracked");
-        let count =
-            || vb.get_with_hints_dtype((), "num_batches_tracked", Init::Const(0.0), DType::I64);
-        Some(Running {
-            mean: Var::from_tensor(&get("running_mean", config.init.running_mean)?)?,
-            var: Var::from_tensor(&get("running_var", config.init.running_var)?)?,
-            num_batches_tracked: match counts {
-                true => Some(Var::from_tensor(&count()?)?),
-                false => None,
-            },
-        })
-    } else {
-        None
+    check_dtype("batch norm", &vb)?;
+    let running = match config.track_running_stats {
+        true => Some(Running::build(num_features, &config, &vb)?),
+        false => None,
     };
     let parameter = |present: bool, name, init| match present && config.affine {
         true => vb
@@ -207,8 +160,8 @@ impl BatchNorm {
             }
         };
         let running = Running {
-            mean: statistics("running_mean", running_mean)?,
-            var: statistics("running_var", running_var)?,
+            mean: statistics("running_mean", running_mean)?.into_inner(),
+            var: statistics("running_var", running_var)?.into_inner(),
             num_batches_tracked: None,
         };
         let (weight, bias) = parameters.unzip();
@@ -303,119 +256,6 @@ impl BatchNorm {
     pub(crate) fn with_max_pool(mut self, kernel: usize) -> Self {
         self.config.max_pool = Some(kernel);
         self
-    }
-
-    /// Training: normalises with the statistics of the batch and moves the running ones.
-    ///
-    /// # Errors
-    /// Those of [`batch_norm_train`] (with the channels in dimension 1 of the shapes that they name), and
-    /// an input with another number of channels or without the dimension `axis`. After an error the
-    /// running statistics are as before.
-    pub fn forward_train(&self, x: &Tensor) -> Result<Tensor> {
-        self.forward_with(x, None, true)
-    }
-
-    /// `forward_t` with a tensor of the input's shape and dtype that is added before the activation:
-    /// `activation(batch_norm(x) + residual)` in one pass, with a gradient for both. (A `max_pool` comes
-    /// after that, in a pass of its own.)
-    ///
-    /// # Errors
-    /// Those of `forward_t`, and a residual of another shape, dtype or device.
-    pub fn forward_residual_t(&self, x: &Tensor, residual: &Tensor, train: bool) -> Result<Tensor> {
-        self.forward_with(x, Some(residual), train)
-    }
-
-    fn forward_with(&self, x: &Tensor, residual: Option<&Tensor>, train: bool) -> Result<Tensor> {
-        let axis = ChannelsSecond::new(x, self.config.axis)?;
-        if let Some(residual) = residual {
-            check_like("a residual", residual, "the input", x)?; // in the shape that was given
-        }
-        let given = x;
-        let x = &axis.there(x)?;
-        let residual = residual.map(|residual| axis.there(residual)).transpose()?;
-        if x.rank() >= 2 && x.dims()[1] != self.num_features {
-            bail!(
-                "batch norm expects {} channels in dimension {}, got an input of shape {:?}{}",
-                self.num_features,
-                self.config.axis,
-                given.dims(),
-                match self.config.axis == 1
-                    && x.rank() > 2
-                    && x.dims().last() == Some(&self.num_features)
-                {
-                    true => "; if its channels are last, set axis to -1",
-                    false => "",
-                }
-            )
-        }
-        let frozen = self.config.freeze == Freeze::StatisticsAndParameters;
-        let parameter = |t: &Option<Tensor>| match t {
-            Some(t) if frozen => Some(t.detach()),
-            t => t.clone(),
-        };
-        let (weight, bias) = (parameter(&self.weight), parameter(&self.bias));
-        let args = BatchNormArgs {
-            weight: weight.as_ref(),
-            bias: bias.as_ref(),
-            residual: residual.as_ref(),
-            activation: self.config.activation,
-            max_pool: self.config.max_pool,
-            eps: self.config.eps,
-            remove_mean: self.config.remove_mean,
-        };
-        let train = train && self.config.freeze == Freeze::Nothing;
-        let y = match &self.running {
-            Some(running) if !train => batch_norm_inference(x, &running.mean, &running.var, &args)?,
-            None => batch_norm_train(x, &args)?.0,
-            Some(running) => {
-                let (y, stats) = match &self.config.renorm {
-                    None => batch_norm_train(x, &args)?,
-                    Some(schedule) => {
-                        let limits = schedule.limits_at(running.batches()?);
-                        batch_renorm_train(x, &running.mean, &running.var, limits, &args)?
-                    }
-                };
-                running.update(&stats, &self.config)?;
-                y
-            }
-        };
-        axis.back(y)
-    }
-}
-
-impl ModuleT for BatchNorm {
-    fn forward_t(&self, x: &Tensor, train: bool) -> Result<Tensor> {
-        self.forward_with(x, None, train)
-    }
-}
-
-impl Running {
-    /// Batches of training so far.
-    fn batches(&self) -> Result<u64> {
-        match &self.num_batches_tracked {
-            Some(count) => Ok(count.to_scalar::<i64>()?.max(0) as u64),
-            None => bail!("batch norm without a momentum, and renorm, expect num_batches_tracked"),
-        }
-    }
-
-    /// Moves the running statistics, after the batch has been normalised without an error.
-    fn update(&self, stats: &BatchStats, config: &BatchNormConfig) -> Result<()> {
-        if stats.count() == 0 {
-            return Ok(());
-        }
-        let momentum = match config.momentum {
-            Some(momentum) => momentum,
-            None => 1.0 / (self.batches()? + 1) as f64,
-        };
-        let mean = config.remove_mean.then_some(self.mean.as_tensor());
-        match config.unbiased_running_var {
-            true => stats.update_running(mean, &self.var, momentum)?,
-            false => stats.update_running_biased(mean, &self.var, momentum)?,
-        }
-        if let Some(count) = &self.num_batches_tracked {
-            count.set(&(count.as_tensor() + 1.0)?)?;
-        }
-        Ok(())
     }
 }
 

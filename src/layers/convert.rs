@@ -64,10 +64,7 @@ impl TryFrom<&BatchNorm> for candle_nn::BatchNorm {
                 config.renorm
             )
         }
-        let (mean, var) = (
-            running.mean.as_tensor().clone(),
-            running.var.as_tensor().clone(),
-        );
+        let (mean, var) = (running.mean.clone(), running.var.clone());
         let (weight, bias) = match (&bn.weight, &bn.bias) {
             (None, None) => {
                 return Self::new_no_bias_with_momentum(

@@ -5,12 +5,15 @@ mod batch_norm;
 mod config;
 mod conv2d;
 mod convert;
+mod forward;
 mod group_norm;
 mod instance_norm;
 mod layer_norm;
 mod linear;
+mod mask;
 mod parameters;
 mod regularise;
+mod running;
 
 pub use batch_norm::{batch_norm, BatchNorm};
 pub use config::{BatchNormConfig, Freeze, InitialValues, RenormSchedule};

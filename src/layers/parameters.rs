@@ -44,7 +44,7 @@ pub(super) fn check_dtype(layer: &str, vb: &VarBuilder) -> Result<()> {
 /// variance above 65504.
 pub(super) fn statistics(
     layer: &str,
-    num_features: usize,
+    shape: impl Into<Shape>,
     name: &str,
     init: f64,
     vb: &VarBuilder,
@@ -53,7 +53,7 @@ pub(super) fn statistics(
         DType::F64 => DType::F64,
         _ => DType::F32,
     };
-    let t = vb.get_with_hints_dtype(num_features, name, Init::Const(init), dtype)?;
+    let t = vb.get_with_hints_dtype(shape.into(), name, Init::Const(init), dtype)?;
     // A `VarMap` gives what it holds, whatever the dtype.
     match t.dtype() {
         DType::F32 | DType::F64 => Ok(t),
