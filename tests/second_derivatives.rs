@@ -7,7 +7,8 @@ use std::sync::Once;
 
 use candle_batch_norm::ops::{
     batch_norm_inference, batch_norm_train, batch_norm_vjp, batch_renorm_train, conv2d,
-    cross_entropy, linear, max_pool2d, relu, Activation, BatchNormArgs, RenormLimits,
+    cross_entropy, group_norm, instance_norm, layer_norm, linear, max_pool2d, relu, rms_norm,
+    Activation, BatchNormArgs, RenormLimits, RowNormArgs,
 };
 use candle_batch_norm::{backward, batch_norm, BatchNormConfig};
 use candle_core::backprop::GradStore;
@@ -262,6 +263,50 @@ fn the_other_ops() -> Result<()> {
                 check(&what, &inputs, &device, |t| {
                     conv2d(t[0], t[1], Some(t[2]), &config)
                 })?;
+            }
+        }
+    }
+    Ok(())
+}
+
+#[test]
+fn norms_of_rows() -> Result<()> {
+    for device in devices() {
+        let shape: &[usize] = &[3, 4, 2, 3];
+        let inputs = [
+            input(1, shape, 0.5),
+            input(2, &[4], 1.0),
+            input(3, &[4], 0.2),
+        ];
+        for activation in [Activation::Identity, Activation::Relu] {
+            for present in [[false, false], [true, false], [false, true], [true, true]] {
+                let with = |t: &[&Tensor], f: fn(&Tensor, &RowNormArgs) -> Result<Tensor>| {
+                    let args = RowNormArgs {
+                        weight: present[0].then_some(t[1]),
+                        bias: present[1].then_some(t[2]),
+                        activation,
+                        eps: 1e-2,
+                    };
+                    f(t[0], &args)
+                };
+                let ways: [(&str, fn(&Tensor, &RowNormArgs) -> Result<Tensor>); 5] = [
+                    ("layer norm", |x, args| {
+                        layer_norm(&x.permute((0, 2, 3, 1))?, 4, args)
+                    }),
+                    ("rms norm", |x, args| {
+                        rms_norm(&x.permute((0, 2, 3, 1))?, 4, args)
+                    }),
+                    ("group norm", |x, args| group_norm(x, 2, args)),
+                    ("group norm, channels last", |x, args| {
+                        let last = x.permute((0, 2, 3, 1))?.contiguous()?;
+                        group_norm(&last.permute((0, 3, 1, 2))?, 2, args)
+                    }),
+                    ("instance norm", |x, args| Ok(instance_norm(x, args)?.0)),
+                ];
+                for (name, way) in ways {
+                    let what = format!("{name} {activation:?} {present:?}");
+                    check(&what, &inputs, &device, |t| with(t, way))?;
+                }
             }
         }
     }

@@ -7,7 +7,7 @@
 //! with a graph, for a penalty on them (WGAN-GP) and a second `backward`. candle reads the variable once for
 //! each thread, and so do these ops: set it before anything else. The gradients of all ops here, those of
 //! [`batch_norm_vjp`] too, are then composed of candle's ops and can be differentiated with respect to every
-//! argument and to `dy`, as often as candle's own can; those of batch norm are computed in F64, with
+//! argument and to `dy`, as often as candle's own can; those of the norms are computed in F64, with
 //! statistics that are found anew as functions of `x`. That is many passes over memory in the place of one or
 //! two, each of whose results the graph keeps. The forward pass stays fused. Where the gradient of an op is a
 //! step (at 0 of a ReLU, at equal maxima) the step counts as constant, as in PyTorch; so do the corrections

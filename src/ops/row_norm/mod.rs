@@ -3,6 +3,7 @@
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
+mod differentiable;
 mod host;
 mod op;
 pub mod plan;

@@ -8,6 +8,7 @@ use candle_core::{bail, CpuStorage, CustomOp3, Device, Layout, Result, Shape, Te
 
 use super::{host, RowNormArgs, Spec, Wants};
 use crate::ops::backward::gradient_of;
+use crate::ops::keeps_graph::keeps_graph;
 
 /// A row norm of its first argument; the second is the weight and the third the bias, as far as there are any.
 pub(super) struct RowNormOp {
@@ -128,7 +129,7 @@ impl CustomOp3 for RowNormOp {
         x: &Tensor,
         weight: &Tensor,
         bias: &Tensor,
-        _y: &Tensor,
+        y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
         let Some(saved) = self.saved.get() else {
@@ -143,17 +144,18 @@ impl CustomOp3 for RowNormOp {
             dx: x.track_op(),
             dparams: wants_weight || wants_bias,
         };
-        let dy = dy.detach().contiguous()?;
-        let tensors = BackwardTensors {
-            args: [x, weight, bias],
-            dy: &dy,
-            saved,
-        };
-        let TensorGrads { dx, dparams } = match dy.device() {
-            Device::Cpu => host::backward(self, &tensors, wants)?,
-            #[cfg(feature = "cuda")]
-            Device::Cuda(_) => super::cuda::backward(self, &tensors, wants)?,
-            device => bail!("{} has no gradient on {:?}", self.name, device.location()),
+        let args = [x, weight, bias];
+        let TensorGrads { dx, dparams } = if keeps_graph() {
+            self.differentiable_gradients(args, y, dy, wants)?
+        } else {
+            let dy = &dy.detach().contiguous()?;
+            let tensors = BackwardTensors { args, dy, saved };
+            match dy.device() {
+                Device::Cpu => host::backward(self, &tensors, wants)?,
+                #[cfg(feature = "cuda")]
+                Device::Cuda(_) => super::cuda::backward(self, &tensors, wants)?,
+                device => bail!("{} has no gradient on {:?}", self.name, device.location()),
+            }
         };
         // Each with memory of its own, as gradients have that candle sums up.
         let row = |wanted: bool, row, like: &Tensor| match &dparams {
