@@ -210,9 +210,48 @@ def gradient_penalty():
     record("penalty", {name: grad for name, grad in grads.items() if grad is not None})
 
 
+def batch_norm_lstm(lstm, norms, x):
+    """Cooijmans et al. 2016 with the batch's statistics: the hidden states, and the last cell."""
+    h = c = torch.zeros(x.shape[0], lstm.hidden_size, dtype=x.dtype)
+    states = []
+    bn = lambda name, values: F.batch_norm(values, None, None, norms[f"{name}.weight"],
+                                           norms.get(f"{name}.bias"), training=True)
+    for t in range(x.shape[1]):
+        gates = bn("bn_ih", x[:, t] @ lstm.weight_ih_l0.T) + bn("bn_hh", h @ lstm.weight_hh_l0.T)
+        i, f, g, o = (gates + lstm.bias_ih_l0 + lstm.bias_hh_l0).chunk(4, dim=1)
+        c = f.sigmoid() * c + i.sigmoid() * g.tanh()
+        h = o.sigmoid() * bn("bn_c", c).tanh()
+        states.append(h)
+    return torch.stack(states, dim=1), c
+
+
+def lstm_cases():
+    torch.manual_seed(13)
+    inputs, hidden = 3, 4
+    lstm = nn.LSTM(inputs, hidden, batch_first=True).double()
+    norms = {name: nn.Parameter(torch.linspace(low, low + 0.4, c, dtype=torch.float64))
+             for name, c, low in [("bn_ih.weight", 4 * hidden, 0.3), ("bn_hh.weight", 4 * hidden, 0.2),
+                                  ("bn_c.weight", hidden, 0.1), ("bn_c.bias", hidden, -0.2)]}
+    x = torch.randn(6, 5, inputs, dtype=torch.float64).requires_grad_()
+    dy = torch.randn(6, 5, hidden, dtype=torch.float64)
+    for case, parameters in [("lstm", {}), ("lstm_bn", norms)]:
+        parameters = dict(lstm.named_parameters()) | parameters
+        lstm.zero_grad()
+        x.grad = None
+        if case == "lstm":
+            y, (_, c) = lstm(x)
+            c = c[0]
+        else:
+            y, c = batch_norm_lstm(lstm, norms, x)
+        y.backward(dy)
+        record(case, parameters | {"x": x, "dy": dy, "y": y, "c": c, "dx": x.grad})
+        record(case, {f"d{name}": parameter.grad for name, parameter in parameters.items()})
+
+
 torch.set_num_threads(1)
 layer_cases()
 functional_cases()
 state_dict()
 gradient_penalty()
+lstm_cases()
 save_file(TENSORS, OUT / "pytorch_batch_norm.safetensors")

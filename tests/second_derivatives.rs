@@ -269,6 +269,8 @@ fn the_other_ops() -> Result<()> {
     Ok(())
 }
 
+type RowNorm = fn(&Tensor, &RowNormArgs) -> Result<Tensor>;
+
 #[test]
 fn norms_of_rows() -> Result<()> {
     for device in devices() {
@@ -280,7 +282,7 @@ fn norms_of_rows() -> Result<()> {
         ];
         for activation in [Activation::Identity, Activation::Relu] {
             for present in [[false, false], [true, false], [false, true], [true, true]] {
-                let with = |t: &[&Tensor], f: fn(&Tensor, &RowNormArgs) -> Result<Tensor>| {
+                let with = |t: &[&Tensor], f: RowNorm| {
                     let args = RowNormArgs {
                         weight: present[0].then_some(t[1]),
                         bias: present[1].then_some(t[2]),
@@ -289,7 +291,7 @@ fn norms_of_rows() -> Result<()> {
                     };
                     f(t[0], &args)
                 };
-                let ways: [(&str, fn(&Tensor, &RowNormArgs) -> Result<Tensor>); 5] = [
+                let ways: [(&str, RowNorm); 5] = [
                     ("layer norm", |x, args| {
                         layer_norm(&x.permute((0, 2, 3, 1))?, 4, args)
                     }),

@@ -57,12 +57,32 @@ pub fn batch_norm<C: Into<BatchNormConfig>>(
     vb: VarBuilder,
 ) -> Result<BatchNorm> {
     let config = config.into();
+    let running = running(&[], num_features, &config, &vb)?;
+    build(num_features, running, config, &vb)
+}
+
+/// The running statistics of layers with this configuration, which is checked, if they have any.
+pub(super) fn running(
+    repeated: &[usize],
+    num_features: usize,
+    config: &BatchNormConfig,
+    vb: &VarBuilder,
+) -> Result<Option<Running>> {
     config.check()?;
-    check_dtype("batch norm", &vb)?;
-    let running = match config.track_running_stats {
-        true => Some(Running::build(num_features, &config, &vb)?),
-        false => None,
-    };
+    check_dtype("batch norm", vb)?;
+    let tracked = config.track_running_stats;
+    tracked
+        .then(|| Running::build(repeated, num_features, config, vb))
+        .transpose()
+}
+
+/// A layer with running statistics that are there, and weight and bias from `vb`.
+pub(super) fn build(
+    num_features: usize,
+    running: Option<Running>,
+    config: BatchNormConfig,
+    vb: &VarBuilder,
+) -> Result<BatchNorm> {
     let parameter = |present: bool, name, init| match present && config.affine {
         true => vb
             .get_with_hints(num_features, name, Init::Const(init))
@@ -205,7 +225,7 @@ impl BatchNorm {
     /// The number of training batches so far, an I64 scalar, if the layer keeps it.
     pub fn num_batches_tracked(&self) -> Option<&Tensor> {
         let count = self.running.as_ref()?.num_batches_tracked.as_ref()?;
-        Some(count.as_tensor())
+        Some(count)
     }
 
     /// What is added to the variance under the root.

@@ -2,6 +2,8 @@
 
 mod axis;
 mod batch_norm;
+mod batch_norm_lstm;
+mod batch_norm_steps;
 mod config;
 mod conv2d;
 mod convert;
@@ -16,6 +18,10 @@ mod regularise;
 mod running;
 
 pub use batch_norm::{batch_norm, BatchNorm};
+pub use batch_norm_lstm::{
+    batch_norm_lstm, BatchNormLstm, BatchNormLstmConfig, BatchNormLstmState,
+};
+pub use batch_norm_steps::{batch_norm_steps, BatchNormSteps};
 pub use config::{BatchNormConfig, Freeze, InitialValues, RenormSchedule};
 pub use conv2d::{conv2d, conv2d_no_bias, Conv2d};
 pub use group_norm::{group_norm, GroupNorm, GroupNormConfig};

@@ -1,6 +1,6 @@
 //! Running statistics.
 
-use candle_core::{bail, DType, Result, Shape, Tensor, Var};
+use candle_core::{bail, DType, Error, Result, Tensor, Var};
 use candle_nn::{Init, VarBuilder};
 
 use super::parameters::statistics;
@@ -13,33 +13,47 @@ pub(super) struct Running {
     pub mean: Tensor,
     pub var: Tensor,
     /// I64, a scalar. Present if it is needed or if the checkpoint has it.
-    pub num_batches_tracked: Option<Var>,
+    pub num_batches_tracked: Option<Tensor>,
 }
 
 impl Running {
-    /// From `vb`, with the shape of the statistics.
+    /// From `vb`, for `num_features` channels: as many times as `repeated` says, all in the same variables, of
+    /// which each layer gets its [row](Running::row).
     pub fn build(
-        shape: impl Into<Shape>,
+        repeated: &[usize],
+        num_features: usize,
         config: &BatchNormConfig,
         vb: &VarBuilder,
     ) -> Result<Self> {
-        let shape = shape.into();
+        let shape = [repeated, &[num_features]].concat();
+        let variable = |t: Tensor| Ok::<_, Error>(Var::from_tensor(&t)?.into_inner());
         let get = |name, init| -> Result<Tensor> {
-            let t = statistics("batch norm", shape.clone(), name, init, vb)?;
-            Ok(Var::from_tensor(&t)?.into_inner())
+            variable(statistics("batch norm", &shape[..], name, init, vb)?)
         };
         let counts = config.momentum.is_none()
             || config.renorm.is_some()
             || vb.contains_tensor("num_batches_tracked");
-        let count =
-            || vb.get_with_hints_dtype((), "num_batches_tracked", Init::Const(0.0), DType::I64);
+        let count = || {
+            let name = "num_batches_tracked";
+            vb.get_with_hints_dtype(repeated, name, Init::Const(0.0), DType::I64)
+        };
         Ok(Self {
             mean: get("running_mean", config.init.running_mean)?,
             var: get("running_var", config.init.running_var)?,
             num_batches_tracked: match counts {
-                true => Some(Var::from_tensor(&count()?)?),
+                true => Some(variable(count()?)?),
                 false => None,
             },
+        })
+    }
+
+    /// Those of one layer among several, in the same memory.
+    pub fn row(&self, index: usize) -> Result<Self> {
+        let row = |t: &Tensor| Ok::<_, Error>(t.get(index)?.detach());
+        Ok(Self {
+            mean: row(&self.mean)?,
+            var: row(&self.var)?,
+            num_batches_tracked: self.num_batches_tracked.as_ref().map(row).transpose()?,
         })
     }
 
@@ -66,7 +80,8 @@ impl Running {
             false => stats.update_running_biased(mean, &self.var, momentum)?,
         }
         if let Some(count) = &self.num_batches_tracked {
-            count.set(&(count.as_tensor() + 1.0)?)?;
+            let next = (count + 1.0)?.reshape(1)?;
+            count.reshape(1)?.slice_set(&next, 0, 0)?;
         }
         Ok(())
     }
