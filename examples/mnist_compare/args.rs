@@ -7,6 +7,7 @@ use candle_batch_norm::models::{Architecture, ModelConfig, Placement};
 use candle_core::Device;
 use clap::{Parser, ValueEnum};
 
+use crate::data::Wanted;
 use crate::norms::{Contender, NormArg};
 
 #[derive(Clone, Copy, Debug, ValueEnum)]
@@ -187,6 +188,15 @@ impl Args {
                 bail!("--device cuda needs a build with --features cuda")
             }
             DeviceArg::Cuda => Ok(Device::new_cuda(0)?),
+        }
+    }
+
+    pub fn wanted(&self) -> Wanted<'_> {
+        Wanted {
+            folder: self.data.as_deref(),
+            seed: self.seed,
+            limit: self.most_images(),
+            test: self.largest_batch(),
         }
     }
 }

@@ -10,7 +10,6 @@ use rand::seq::SliceRandom;
 use rand::SeedableRng;
 use rand_chacha::ChaCha8Rng;
 
-use crate::args::Args;
 use crate::{digits, idx};
 
 /// Pictures are 28×28.
@@ -131,21 +130,32 @@ pub fn shuffled(count: usize, seed: u64, epoch: usize) -> Vec<usize> {
     order
 }
 
+/// What is asked for on the command line.
+pub struct Wanted<'a> {
+    /// `--data`
+    pub folder: Option<&'a Path>,
+    /// For drawn digits.
+    pub seed: u64,
+    /// The most training images. There are then a sixth as many for the test, but at least `test`.
+    pub limit: Option<usize>,
+    pub test: usize,
+}
+
 /// The first source that serves: `--data`, `MNIST_DIR`, the usual folders, the download (if built
 /// in), drawn digits. A folder that was named has to serve.
-pub fn load(args: &Args) -> Result<Dataset> {
-    let mut data = find(args)?;
-    if let Some(limit) = args.most_images() {
+pub fn load(wanted: &Wanted) -> Result<Dataset> {
+    let mut data = find(wanted)?;
+    if let Some(limit) = wanted.limit {
         data.train.truncate(limit);
-        data.test.truncate((limit / 6).max(args.largest_batch()));
+        data.test.truncate((limit / 6).max(wanted.test));
     }
     Ok(data)
 }
 
-fn find(args: &Args) -> Result<Dataset> {
-    let named = match &args.data {
-        Some(dir) if dir.as_os_str() == "drawn" => return Ok(drawn(args.seed)),
-        Some(dir) => Some((dir.clone(), "--data")),
+fn find(wanted: &Wanted) -> Result<Dataset> {
+    let named = match wanted.folder {
+        Some(dir) if dir.as_os_str() == "drawn" => return Ok(drawn(wanted.seed)),
+        Some(dir) => Some((dir.into(), "--data")),
         None => std::env::var_os("MNIST_DIR").map(|dir| (PathBuf::from(dir), "MNIST_DIR")),
     };
     if let Some((dir, by)) = named {
@@ -165,7 +175,7 @@ fn find(args: &Args) -> Result<Dataset> {
         Ok(None) => {}
         Err(error) => println!("the download of MNIST failed: {error:#}"),
     }
-    Ok(drawn(args.seed))
+    Ok(drawn(wanted.seed))
 }
 
 fn read(dir: &Path) -> Result<Dataset> {

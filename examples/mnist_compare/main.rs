@@ -11,6 +11,7 @@ mod config;
 mod data;
 mod digits;
 mod idx;
+mod initial;
 mod norms;
 mod panels;
 mod report;
@@ -52,7 +53,7 @@ fn main() -> ExitCode {
 fn compare(args: &Args) -> Result<ExitCode> {
     args.check()?;
     let device = args.open_device()?;
-    let data = data::load(args)?;
+    let data = data::load(&args.wanted())?;
     data.check(args.largest_batch())?;
     println!("device   {}", config::device_name(&device));
     println!("data     {}", data.describe());

@@ -245,7 +245,7 @@ mod tests {
             Args::parse_from(args)
         };
         let (never, dir) = (AtomicBool::new(false), tempfile::tempdir()?);
-        let data = data::load(&args("1"))?;
+        let data = data::load(&args("1").wanted())?;
         let config = args("3").config(&Device::Cpu, &data);
         let start = |epochs| {
             let args = args(epochs);

@@ -10,12 +10,11 @@ use candle_batch_norm::ops::cross_entropy;
 use candle_core::{DType, Device, ModuleT, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 use indicatif::{ProgressBar, ProgressStyle};
-use rand::{Rng, SeedableRng};
-use rand_chacha::ChaCha8Rng;
 use serde::Serialize;
 
 use crate::args::Args;
-use crate::data::{fnv1a, shuffled, Dataset, Split};
+use crate::data::{shuffled, Dataset, Split};
+use crate::initial::uniform;
 use crate::norms::Contender;
 use crate::sgd::{sorted, Sgd};
 
@@ -220,31 +219,21 @@ impl Sums {
     }
 }
 
-/// PyTorch's initial weights for linear and convolution layers, uniform in ±1/√fan_in.
-///
-/// Each variable has random numbers of its own, by seed and name: what two models share, they start
-/// with alike, on every device. What belongs to batch norm stays as it was built.
+/// PyTorch's initial weights for linear and convolution layers, uniform in ±1/√fan_in. What belongs to
+/// batch norm stays as it was built.
 fn initialise(vars: &VarMap, seed: u64) -> Result<()> {
-    let vars = sorted(vars);
-    for (name, var) in &vars {
-        let Some((layer, _)) = name.rsplit_once('.') else {
-            continue;
-        };
+    let named = sorted(vars);
+    uniform(vars, seed, |name| {
+        let (layer, _) = name.rsplit_once('.')?;
         if !(layer.starts_with("conv") || layer.starts_with("fc")) {
-            continue;
+            return None;
         }
-        let weight = vars
+        let weight = named
             .iter()
             .find(|(other, _)| *other == format!("{layer}.weight"));
         let fan_in: usize = weight.map_or(1, |(_, weight)| weight.dims()[1..].iter().product());
-        let bound = 1.0 / (fan_in as f32).sqrt();
-        let mut rng = ChaCha8Rng::seed_from_u64(seed ^ fnv1a(name.bytes()));
-        let values: Vec<f32> = (0..var.elem_count())
-            .map(|_| bound * (2.0 * rng.random::<f32>() - 1.0))
-            .collect();
-        var.set(&Tensor::from_vec(values, var.dims(), var.device())?)?;
-    }
-    Ok(())
+        Some(1.0 / (fan_in as f32).sqrt())
+    })
 }
 
 #[cfg(test)]

@@ -22,9 +22,10 @@ use crate::ops::{linear, Activation};
 /// would be where tanh and σ are flat, and gradients would vanish. Without norms this is `torch.nn.LSTM` and
 /// `candle_nn::LSTM` of one layer, whose variables have the same names and shapes.
 ///
-/// Where all samples of a batch are the same, as long as they begin with padding, the variance is 0, and the
-/// gradient with respect to such a value is multiplied with `weight / √eps` at each step. The authors begin with
-/// a little noise as hidden state; a larger `eps` helps too.
+/// Where nearly all sequences of a batch begin alike, with black rows or padding, the first statistics are those
+/// of a few: they differ from batch to batch, evaluation from training, and `1 / √(var + eps)` is large in the
+/// gradient of each step. A first hidden state of small random numbers instead of zeros helps, as in the example
+/// `mnist_rows`.
 ///
 /// As an [`RNN`] of candle-nn's it evaluates, with the running statistics; [`seq_t`](Self::seq_t) and
 /// [`step_t`](Self::step_t) train too. Dtypes are those of [`linear`].
