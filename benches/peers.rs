@@ -10,7 +10,7 @@
 //! - `fwd`: the forward pass in training, with its graph and the running statistics;
 //! - `all`: forward, for batch norm with a ReLU, and backward through candle's autograd, ours by `backward`;
 //!   candle brings ones for `dy`;
-//! - `vjp`: the same without autograd, for a given `dy`, for batch norm alone;
+//! - `vjp`: the same without autograd, for a given `dy`;
 //! - `eval`: the forward pass with the running statistics;
 //! - `copy`: a copy of the tensor on all threads, for the bandwidth.
 
@@ -18,7 +18,10 @@ use std::hint::black_box;
 use std::io::{BufRead, Write};
 use std::time::{Duration, Instant};
 
-use candle_batch_norm::ops::{batch_norm_vjp, Activation, BatchNormArgs};
+use candle_batch_norm::ops::{
+    batch_norm_vjp, group_norm_vjp, layer_norm_vjp, rms_norm_vjp, Activation, BatchNormArgs,
+    RowNormArgs,
+};
 use candle_batch_norm::{backward, BatchNormConfig};
 use candle_core::{DType, Device, ModuleT, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
@@ -83,23 +86,40 @@ fn answer(line: &str) -> Result<[Duration; 2]> {
             }
             time(limit, || backward(&layer(&x, true)?))
         }
-        "vjp" if norm != "batch" => candle_core::bail!("no vjp of {norm}"),
         "vjp" => {
-            let c = shape[1];
-            let (weight, bias) = (
-                Tensor::ones(c, dtype, &device)?,
-                Tensor::zeros(c, dtype, &device)?,
-            );
-            let args = BatchNormArgs {
-                weight: Some(&weight),
-                bias: Some(&bias),
-                activation: Activation::Relu,
-                ..BatchNormArgs::new()
+            let parameters = match norm {
+                "layer" | "rms" => shape[shape.len() - 1],
+                _ => shape[1],
             };
+            let weight = Tensor::ones(parameters, dtype, &device)?;
+            let bias = Tensor::zeros(parameters, dtype, &device)?;
+            let (weight, bias) = (Some(&weight), Some(&bias).filter(|_| norm != "rms"));
             let dy = x.ones_like()?;
+            if norm == "batch" {
+                let args = BatchNormArgs {
+                    weight,
+                    bias,
+                    activation: Activation::Relu,
+                    ..BatchNormArgs::new()
+                };
+                return time(limit, || {
+                    let (y, stats, pullback) = batch_norm_vjp(&x, &args)?;
+                    Ok((y, stats, pullback.gradients(&dy)?))
+                });
+            }
+            let args = RowNormArgs {
+                weight,
+                bias,
+                ..RowNormArgs::new()
+            };
             time(limit, || {
-                let (y, stats, pullback) = batch_norm_vjp(&x, &args)?;
-                Ok((y, stats, pullback.gradients(&dy)?))
+                let (y, pullback) = match norm {
+                    "layer" => layer_norm_vjp(&x, parameters, &args)?,
+                    "rms" => rms_norm_vjp(&x, parameters, &args)?,
+                    "instance" => group_norm_vjp(&x, parameters, &args)?,
+                    norm => group_norm_vjp(&x, groups_of(norm)?, &args)?,
+                };
+                Ok((y, pullback.gradients(&dy)?))
             })
         }
         "copy" => {
@@ -107,6 +127,14 @@ fn answer(line: &str) -> Result<[Duration; 2]> {
             time(limit, || Ok(copy(&values)))
         }
         pass => candle_core::bail!("unknown pass {pass}"),
+    }
+}
+
+/// 32 of `group32`.
+fn groups_of(norm: &str) -> Result<usize> {
+    match norm.strip_prefix("group").map(str::parse) {
+        Some(Ok(groups)) => Ok(groups),
+        _ => candle_core::bail!("unknown norm {norm}"),
     }
 }
 
@@ -120,10 +148,6 @@ fn build(
 ) -> Result<(Box<dyn ModuleT>, bool)> {
     use candle_batch_norm::layers;
     let (last, c) = (shape[shape.len() - 1], shape[1]);
-    let group = || match norm.strip_prefix("group").map(str::parse::<usize>) {
-        Some(Ok(groups)) => Ok(groups),
-        _ => candle_core::bail!("unknown norm {norm}"),
-    };
     Ok(match (layer, norm) {
         ("ours", "batch") => {
             let mut config = BatchNormConfig::default();
@@ -144,13 +168,16 @@ fn build(
             };
             (Box::new(layers::instance_norm(c, config, vb)?), false)
         }
-        ("ours", _) => (Box::new(layers::group_norm(group()?, c, 1e-5, vb)?), false),
+        ("ours", _) => (
+            Box::new(layers::group_norm(groups_of(norm)?, c, 1e-5, vb)?),
+            false,
+        ),
         ("candle-nn", "batch") => (Box::new(candle_nn::batch_norm(c, 1e-5, vb)?), true),
         ("candle-nn", "layer") => (Box::new(candle_nn::layer_norm(last, 1e-5, vb)?), false),
         ("candle-nn", "rms") => (Box::new(candle_nn::rms_norm(last, 1e-5, vb)?), false),
         ("candle-nn", "instance") => (Box::new(candle_nn::group_norm(c, c, 1e-5, vb)?), false),
         ("candle-nn", _) => (
-            Box::new(candle_nn::group_norm(group()?, c, 1e-5, vb)?),
+            Box::new(candle_nn::group_norm(groups_of(norm)?, c, 1e-5, vb)?),
             false,
         ),
         (layer, _) => candle_core::bail!("unknown layer {layer}"),

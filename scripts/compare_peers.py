@@ -152,9 +152,7 @@ def measure(bench, python, threads, jobs, passes, args, errors):
     workers, rows = start_workers(bench, python, threads, args.compile), []
     for shape, dtype in jobs:
         print(f"{threads} threads, {dtype} [{shape}]", file=sys.stderr)
-        # Of batch norm alone.
-        of_shape = [pass_ for pass_ in passes if pass_ != "vjp" or ":" not in shape]
-        for pass_, times in times_of(workers, shape, dtype, of_shape, args, errors).items():
+        for pass_, times in times_of(workers, shape, dtype, passes, args, errors).items():
             rows.append({"threads": threads, "dtype": dtype, "shape": shape, "pass": pass_, "times": times})
     for worker in workers.values():
         worker.kill()

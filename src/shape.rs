@@ -108,17 +108,17 @@ pub(crate) fn check_one_dtype(op: &str, what: &str, a: &Tensor, b: &Tensor) -> R
 }
 
 /// Checks a tensor that has to look like `x` (`what` and `like` name the two in errors).
-pub(crate) fn check_like(what: &str, t: &Tensor, like: &str, x: &Tensor) -> Result<()> {
+pub(crate) fn check_like(op: &str, what: &str, t: &Tensor, like: &str, x: &Tensor) -> Result<()> {
     if t.dims() != x.dims() || t.dtype() != x.dtype() {
         bail!(
-            "batch norm expects {what} like {like}, {:?} {:?}, got {:?} {:?}",
+            "{op} expects {what} like {like}, {:?} {:?}, got {:?} {:?}",
             x.dims(),
             x.dtype(),
             t.dims(),
             t.dtype()
         )
     }
-    check_device("batch norm", what, t, x)
+    check_device(op, what, t, x)
 }
 
 /// Checks the device of a tensor (`what` names it in errors) against the input.

@@ -2,7 +2,10 @@
 
 mod common;
 
-use candle_batch_norm::ops::{group_norm, instance_norm, layer_norm, rms_norm, RowNormArgs};
+use candle_batch_norm::ops::{
+    group_norm, group_norm_vjp, instance_norm, layer_norm, layer_norm_vjp, rms_norm, rms_norm_vjp,
+    RowNormArgs,
+};
 use candle_batch_norm::Activation;
 use candle_core::{DType, Device, Result, Tensor, Var};
 use common::rows::{RowCase, RowTruth};
@@ -551,6 +554,62 @@ fn each_argument_has_its_own_gradient_and_only_if_it_is_wanted() -> Result<()> {
                 }
             }
         }
+    }
+    Ok(())
+}
+
+#[test]
+fn the_gradients_without_autograd_are_those_with_it() -> Result<()> {
+    for device in devices() {
+        for (sizes, shape) in [
+            ([20, 1, 33, 1], vec![20, 33]),
+            ([3, 2, 6, 64], vec![3, 6, 8, 8]),
+        ] {
+            for memory in [Memory::Contiguous, Memory::ChannelsLast] {
+                let mut case = case(sizes, DType::F32, 31)?;
+                case.relu = true;
+                let groups = case.groups;
+                let with = run(&case, &shape, DType::F32, memory, &device, |x, args| {
+                    group_norm(x, groups, args)
+                })?;
+                // In the place of the op: its own gradients of the same arguments.
+                let without = std::cell::RefCell::new(None);
+                let dy = tensor(&case.dy, &shape, DType::F32, &device)?;
+                let y = run(&case, &shape, DType::F32, memory, &device, |x, args| {
+                    let (y, pullback) = group_norm_vjp(x, groups, args)?;
+                    assert!(!y.track_op());
+                    without.replace(Some((y, pullback.gradients(&dy)?)));
+                    group_norm(x, groups, args)
+                })?
+                .y;
+                let (y_without, grads) = without.into_inner().unwrap();
+                for (got, expected) in [
+                    (&y_without, &y),
+                    (&grads.dx, &with.dx),
+                    (&grads.dweight.unwrap(), with.dweight.as_ref().unwrap()),
+                    (&grads.dbias.unwrap(), with.dbias.as_ref().unwrap()),
+                ] {
+                    assert_eq!(values(got)?, values(expected)?, "{shape:?} {memory:?}");
+                }
+            }
+        }
+        let x = tensor(&random(1, 12, 0.0), &[2, 6], DType::F32, &device)?;
+        let args = RowNormArgs::new();
+        let (y, pullback) = layer_norm_vjp(&x, 6, &args)?;
+        assert_eq!(values(&y)?, values(&layer_norm(&x, 6, &args)?)?);
+        assert!(pullback.gradients(&y)?.dweight.is_none());
+        let wrong = x.narrow(0, 0, 1)?;
+        assert_error(
+            pullback.gradients(&wrong),
+            &["layer norm", "[2, 6]", "[1, 6]"],
+        );
+        let (y, _) = rms_norm_vjp(&x, 6, &args)?;
+        assert_eq!(values(&y)?, values(&rms_norm(&x, 6, &args)?)?);
+        let empty = x.narrow(0, 0, 0)?;
+        assert_error(
+            layer_norm_vjp(&empty, 6, &args).map(|_| ()),
+            &["empty", "[0, 6]"],
+        );
     }
     Ok(())
 }

@@ -83,7 +83,7 @@ impl BatchNorm {
 
     fn forward_with(&self, x: &Tensor, residual: Option<&Tensor>, train: bool) -> Result<Tensor> {
         if let Some(residual) = residual {
-            check_like("a residual", residual, "the input", x)?; // in the shape that was given
+            check_like("batch norm", "a residual", residual, "the input", x)?; // in the shape that was given
         }
         let (axis, x) = self.channels_second(x)?;
         let residual = residual.map(|residual| axis.there(residual)).transpose()?;

@@ -48,4 +48,7 @@ pub use relu::relu;
 pub(crate) use row_norm::instance_norm_alone;
 #[doc(hidden)]
 pub use row_norm::plan as row_plan;
-pub use row_norm::{group_norm, instance_norm, layer_norm, rms_norm, RowNormArgs};
+pub use row_norm::{
+    group_norm, group_norm_vjp, instance_norm, layer_norm, layer_norm_vjp, rms_norm, rms_norm_vjp,
+    RowNormArgs, RowNormGrads, RowNormPullback,
+};

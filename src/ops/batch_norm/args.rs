@@ -126,7 +126,7 @@ pub(super) fn check(x: &Tensor, args: &BatchNormArgs) -> Result<Dims> {
     let dims = check_input(NAME, x)?;
     check_parameters(NAME, args.weight, args.bias, &[dims.c], x)?;
     if let Some(residual) = args.residual {
-        check_like("a residual", residual, "the input", x)?;
+        check_like(NAME, "a residual", residual, "the input", x)?;
     }
     Ok(dims)
 }

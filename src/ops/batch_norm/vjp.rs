@@ -4,7 +4,7 @@ use candle_core::{bail, Result, Tensor};
 
 use super::op::{BatchNormOp, Slots, TensorGrads};
 use super::{check_training, prepare, statistics, Normalise, Prepared};
-use super::{BatchNormArgs, BatchStats, Pooling, Wants};
+use super::{BatchNormArgs, BatchStats, Pooling, Wants, NAME};
 use crate::ops::keeps_graph::for_gradients;
 use crate::ops::max_pool2d::windows::Windows;
 use crate::ops::max_pool2d::{max_pool2d, max_pool2d_gradient};
@@ -121,7 +121,7 @@ impl BatchNormPullback {
     /// # Errors
     /// `dy` of another shape, dtype or device than the output.
     pub fn gradients(&self, dy: &Tensor) -> Result<BatchNormGrads> {
-        check_like("a gradient", dy, "the output", &self.y)?;
+        check_like(NAME, "a gradient", dy, "the output", &self.y)?;
         let [x, second, third] = &self.tensors;
         let dy = match &self.pooled {
             Some((windows, normalised)) => max_pool2d_gradient(windows, normalised, &self.y, dy)?,

@@ -1,5 +1,6 @@
 //! Norms of the rows of a tensor, each by its own statistics: layer, group, instance and RMS norm.
 
+mod args;
 mod cpu;
 #[cfg(feature = "cuda")]
 mod cuda;
@@ -7,13 +8,16 @@ mod differentiable;
 mod host;
 mod op;
 pub mod plan;
+mod vjp;
 
-use candle_core::{bail, Result, Shape, Tensor};
+use candle_core::{Result, Shape, Tensor};
 
 use super::batch_norm::BatchStats;
 use super::Activation;
 use crate::dims::Rows;
-use crate::shape::{check_eps, check_input, check_parameters, check_values, Order};
+pub use args::RowNormArgs;
+use args::{groups, last_dimensions};
+pub use vjp::{group_norm_vjp, layer_norm_vjp, rms_norm_vjp, RowNormGrads, RowNormPullback};
 
 /// What a backend has to know beside the tensors.
 #[derive(Debug, Clone, Copy)]
@@ -39,44 +43,6 @@ impl Spec {
 pub(crate) struct Wants {
     pub dx: bool,
     pub dparams: bool,
-}
-
-/// The optional arguments of [`layer_norm`], [`rms_norm`], [`group_norm`] and [`instance_norm`].
-///
-/// ```
-/// use candle_batch_norm::ops::{Activation, RowNormArgs};
-/// let args = RowNormArgs { activation: Activation::Relu, ..RowNormArgs::new() };
-/// assert_eq!(args.eps, 1e-5);
-/// ```
-#[derive(Debug, Clone, Copy)]
-pub struct RowNormArgs<'a> {
-    /// In the input's dtype, or in F32 if that is F16 or BF16; each function says its shape. Absent, it counts
-    /// as 1.
-    pub weight: Option<&'a Tensor>,
-    /// As `weight`, and in its dtype. Absent, it counts as 0.
-    pub bias: Option<&'a Tensor>,
-    /// Applied to the normalised values, in the same pass.
-    pub activation: Activation,
-    /// Added to the variance under the root: at least 0.
-    pub eps: f64,
-}
-
-impl RowNormArgs<'_> {
-    /// `eps` of 1e-5 and nothing else.
-    pub const fn new() -> Self {
-        Self {
-            weight: None,
-            bias: None,
-            activation: Activation::Identity,
-            eps: 1e-5,
-        }
-    }
-}
-
-impl Default for RowNormArgs<'_> {
-    fn default() -> Self {
-        Self::new()
-    }
 }
 
 /// Layer norm: each sample is normalised over its last dimensions, which are `normalized_shape`.
@@ -124,7 +90,11 @@ pub fn layer_norm(
     normalized_shape: impl Into<Shape>,
     args: &RowNormArgs,
 ) -> Result<Tensor> {
-    last_dimensions("layer norm", x, normalized_shape.into(), args, true)
+    Ok(
+        last_dimensions(LAYER, x, normalized_shape.into(), args, true)?
+            .run(x)?
+            .0,
+    )
 }
 
 /// RMS norm: [`layer_norm`] that leaves the mean where it is.
@@ -157,7 +127,11 @@ pub fn rms_norm(
     normalized_shape: impl Into<Shape>,
     args: &RowNormArgs,
 ) -> Result<Tensor> {
-    last_dimensions("rms norm", x, normalized_shape.into(), args, false)
+    Ok(
+        last_dimensions(RMS, x, normalized_shape.into(), args, false)?
+            .run(x)?
+            .0,
+    )
 }
 
 /// Group norm: of `x: [n, c, …]`, each sample's channels are normalised in `num_groups` groups of neighbours.
@@ -187,7 +161,7 @@ pub fn rms_norm(
 /// # }
 /// ```
 pub fn group_norm(x: &Tensor, num_groups: usize, args: &RowNormArgs) -> Result<Tensor> {
-    Ok(groups("group norm", x, Some(num_groups), args)?.0)
+    Ok(groups(GROUP, x, Some(num_groups), args)?.run(x)?.0)
 }
 
 /// Instance norm: [`group_norm`] with a group for each channel.
@@ -216,7 +190,9 @@ pub fn group_norm(x: &Tensor, num_groups: usize, args: &RowNormArgs) -> Result<T
 /// # }
 /// ```
 pub fn instance_norm(x: &Tensor, args: &RowNormArgs) -> Result<(Tensor, BatchStats)> {
-    let (y, rows, saved) = groups(INSTANCE, x, None, args)?;
+    let prepared = groups(INSTANCE, x, None, args)?;
+    let rows = prepared.op.spec.rows;
+    let (y, saved) = prepared.run(x)?;
     let Some(saved) = saved else {
         return Ok((y, BatchStats::of_nothing(x)?));
     };
@@ -226,96 +202,11 @@ pub fn instance_norm(x: &Tensor, args: &RowNormArgs) -> Result<(Tensor, BatchSta
 
 /// [`instance_norm`] for those who need no statistics.
 pub(crate) fn instance_norm_alone(x: &Tensor, args: &RowNormArgs) -> Result<Tensor> {
-    Ok(groups(INSTANCE, x, None, args)?.0)
+    Ok(groups(INSTANCE, x, None, args)?.run(x)?.0)
 }
 
 /// For errors.
+const LAYER: &str = "layer norm";
+const RMS: &str = "rms norm";
+const GROUP: &str = "group norm";
 const INSTANCE: &str = "instance norm";
-
-/// Norms over the last dimensions.
-fn last_dimensions(
-    name: &'static str,
-    x: &Tensor,
-    normalized_shape: Shape,
-    args: &RowNormArgs,
-    remove_mean: bool,
-) -> Result<Tensor> {
-    let shape = normalized_shape.dims();
-    check_values(name, x)?;
-    if shape.is_empty() || !x.dims().ends_with(shape) {
-        bail!(
-            "{name} expects an input whose last dimensions are {shape:?}, at least one, got {:?}",
-            x.dims()
-        )
-    }
-    check_parameters(name, args.weight, args.bias, shape, x)?;
-    check_eps(name, args.eps)?;
-    if x.elem_count() == 0 {
-        return Ok(x.clone());
-    }
-    let c = normalized_shape.elem_count();
-    let spec = Spec {
-        rows: Rows {
-            n: x.elem_count() / c,
-            groups: 1,
-            c,
-            s: 1,
-        },
-        channels_last: false,
-        eps: args.eps,
-        activation: args.activation,
-        remove_mean,
-    };
-    Ok(op::apply(name, spec, &x.contiguous()?, args)?.0)
-}
-
-/// Norms of groups of channels, or of each channel; gives the statistics of the rows too, F64 `[2, rows]`,
-/// unless there are no values.
-fn groups(
-    name: &'static str,
-    x: &Tensor,
-    num_groups: Option<usize>,
-    args: &RowNormArgs,
-) -> Result<(Tensor, Rows, Option<Tensor>)> {
-    let dims = check_input(name, x)?;
-    let groups = num_groups.unwrap_or(dims.c);
-    if dims.c > 0 && (groups == 0 || !dims.c.is_multiple_of(groups)) {
-        bail!(
-            "{name} expects a number of groups that divides the {} channels of an input of shape {:?}, got {groups}",
-            dims.c,
-            x.dims()
-        )
-    }
-    check_parameters(name, args.weight, args.bias, &[dims.c], x)?;
-    check_eps(name, args.eps)?;
-    if num_groups.is_none() && dims.numel() > 0 && dims.s == 1 {
-        bail!(
-            "{name} expects more than one value per channel of a sample, got an input of shape {:?}",
-            x.dims()
-        )
-    }
-    let rows = Rows {
-        n: dims.n,
-        groups,
-        c: dims.c,
-        s: dims.s,
-    };
-    if dims.numel() == 0 {
-        return Ok((x.clone(), rows, None));
-    }
-    // A CUDA kernel reads at least a sector, 32 bytes, and would use little of it.
-    let narrow = dims.c / groups * x.dtype().size_in_bytes() < 32;
-    let order = match x.device().is_cuda() && narrow {
-        true => Order::ChannelsFirst,
-        false => Order::of(x)?,
-    };
-    let spec = Spec {
-        rows,
-        channels_last: order == Order::ChannelsLast,
-        eps: args.eps,
-        activation: args.activation,
-        remove_mean: true,
-    };
-    let (y, saved) = op::apply(name, spec, &order.into_kernel(x)?, args)?;
-    Ok((order.out_of_kernel(&y, x)?, rows, Some(saved)))
-}

@@ -1,12 +1,12 @@
 //! The custom op: hands candle's storages to a backend, and its gradients back to autograd.
 
-use std::sync::OnceLock;
+use std::sync::{Arc, OnceLock};
 
 #[cfg(feature = "cuda")]
 use candle_core::CudaStorage;
 use candle_core::{bail, CpuStorage, CustomOp3, Device, Layout, Result, Shape, Tensor};
 
-use super::{host, RowNormArgs, Spec, Wants};
+use super::{host, Spec, Wants};
 use crate::ops::backward::gradient_of;
 use crate::ops::keeps_graph::keeps_graph;
 
@@ -17,7 +17,7 @@ pub(super) struct RowNormOp {
     pub has_weight: bool,
     pub has_bias: bool,
     /// The mean and the variance of each row, F64 `[2, rows]`: set once, by the forward pass.
-    saved: std::sync::Arc<OnceLock<Tensor>>,
+    pub saved: Arc<OnceLock<Tensor>>,
 }
 
 /// A tensor as a backend gets it.
@@ -43,32 +43,6 @@ pub(super) struct TensorGrads {
     pub dparams: Option<Tensor>,
 }
 
-/// Runs the op on a contiguous `x` and arguments that have been checked; gives `y` and the statistics of the
-/// rows, F64 `[2, rows]`.
-pub(super) fn apply(
-    name: &'static str,
-    spec: Spec,
-    x: &Tensor,
-    args: &RowNormArgs,
-) -> Result<(Tensor, Tensor)> {
-    let contiguous = |t: Option<&Tensor>| t.map(Tensor::contiguous).transpose();
-    let (weight, bias) = (contiguous(args.weight)?, contiguous(args.bias)?);
-    let op = RowNormOp {
-        name,
-        spec,
-        has_weight: weight.is_some(),
-        has_bias: bias.is_some(),
-        saved: Default::default(),
-    };
-    let saved = op.saved.clone();
-    // In the place of an absent argument stands the input again: it is there, and never read.
-    let y = x.apply_op3(weight.as_ref().unwrap_or(x), bias.as_ref().unwrap_or(x), op)?;
-    match saved.get() {
-        Some(saved) => Ok((y, saved.clone())),
-        None => bail!("{name}: the forward pass left no statistics"),
-    }
-}
-
 impl RowNormOp {
     /// Sorts the arguments of the op into their roles.
     pub fn operands<'a, S>(&self, args: [(&'a S, &Layout); 3]) -> Operands<'a, S> {
@@ -77,6 +51,33 @@ impl RowNormOp {
             x,
             weight: self.has_weight.then_some(weight),
             bias: self.has_bias.then_some(bias),
+        }
+    }
+
+    /// The gradients that are wanted, from the op's arguments, its output and the output's gradient.
+    pub fn gradients(
+        &self,
+        args: [&Tensor; 3],
+        y: &Tensor,
+        dy: &Tensor,
+        wants: Wants,
+    ) -> Result<TensorGrads> {
+        if keeps_graph() {
+            return self.differentiable_gradients(args, y, dy, wants);
+        }
+        let Some(saved) = self.saved.get() else {
+            bail!(
+                "{}: the backward pass came before the forward pass",
+                self.name
+            )
+        };
+        let dy = &dy.detach().contiguous()?;
+        let tensors = BackwardTensors { args, dy, saved };
+        match dy.device() {
+            Device::Cpu => host::backward(self, &tensors, wants),
+            #[cfg(feature = "cuda")]
+            Device::Cuda(_) => super::cuda::backward(self, &tensors, wants),
+            device => bail!("{} has no gradient on {:?}", self.name, device.location()),
         }
     }
 
@@ -132,31 +133,13 @@ impl CustomOp3 for RowNormOp {
         y: &Tensor,
         dy: &Tensor,
     ) -> Result<(Option<Tensor>, Option<Tensor>, Option<Tensor>)> {
-        let Some(saved) = self.saved.get() else {
-            bail!(
-                "{}: the backward pass came before the forward pass",
-                self.name
-            )
-        };
         let wants_weight = self.has_weight && weight.track_op();
         let wants_bias = self.has_bias && bias.track_op();
         let wants = Wants {
             dx: x.track_op(),
             dparams: wants_weight || wants_bias,
         };
-        let args = [x, weight, bias];
-        let TensorGrads { dx, dparams } = if keeps_graph() {
-            self.differentiable_gradients(args, y, dy, wants)?
-        } else {
-            let dy = &dy.detach().contiguous()?;
-            let tensors = BackwardTensors { args, dy, saved };
-            match dy.device() {
-                Device::Cpu => host::backward(self, &tensors, wants)?,
-                #[cfg(feature = "cuda")]
-                Device::Cuda(_) => super::cuda::backward(self, &tensors, wants)?,
-                device => bail!("{} has no gradient on {:?}", self.name, device.location()),
-            }
-        };
+        let TensorGrads { dx, dparams } = self.gradients([x, weight, bias], y, dy, wants)?;
         // Each with memory of its own, as gradients have that candle sums up.
         let row = |wanted: bool, row, like: &Tensor| match &dparams {
             Some(dparams) if wanted => dparams.get(row)?.copy()?.reshape(like.shape()).map(Some),
