@@ -1,4 +1,4 @@
-//! Trains the same network with and without batch norm on MNIST and compares them.
+//! Trains the same network with and without batch norm, or with any list of norms, on MNIST and compares them.
 //!
 //! `cargo run --release --example mnist_compare` needs neither flags nor a network; `--help` lists
 //! what can be chosen. From here the way goes down to `norms` (what is compared) and `train` (the

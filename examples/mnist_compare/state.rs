@@ -47,7 +47,8 @@ pub fn save(run: &Run, config: &Config, dir: &Path) -> Result<()> {
     write_whole(&dir.join(format!("{key}.safetensors")), &model)
 }
 
-/// Removes what earlier runs left in `dir` to resume from, so that a later `--resume` cannot meet it. The trained models stay until others replace them.
+/// Removes what earlier runs of these contenders left in `dir` to resume from, so that a later `--resume` of them
+/// cannot meet it. The trained models stay until others replace them.
 pub fn forget(contenders: &[Contender], dir: &Path) -> Result<()> {
     for contender in contenders {
         let path = resume_file(dir, &contender.key);

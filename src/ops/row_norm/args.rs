@@ -8,7 +8,8 @@ use crate::dims::Rows;
 use crate::ops::Activation;
 use crate::shape::{check_eps, check_input, check_parameters, check_values, Order};
 
-/// The optional arguments of [`layer_norm`], [`rms_norm`], [`group_norm`] and [`instance_norm`].
+/// The optional arguments of [`layer_norm`](super::layer_norm()), [`rms_norm`](super::rms_norm()),
+/// [`group_norm`](super::group_norm()) and [`instance_norm`](super::instance_norm()).
 ///
 /// ```
 /// use candle_batch_norm::ops::{Activation, RowNormArgs};
