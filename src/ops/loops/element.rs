@@ -80,19 +80,6 @@ impl<C: Copy> Channels<C> for Same<C> {
     }
 }
 
-/// Something of its own for each value.
-impl<C: Copy> Channels<C> for &[C] {
-    #[inline(always)]
-    fn part(self, range: Range<usize>) -> Self {
-        &self[range]
-    }
-
-    #[inline(always)]
-    fn at(&self, index: usize) -> C {
-        self[index]
-    }
-}
-
 /// The rectifier, which lets NaN through: a NaN in is a NaN out, as in PyTorch.
 #[inline(always)]
 fn relu<A: Real>(v: A) -> A {

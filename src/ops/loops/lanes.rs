@@ -19,15 +19,21 @@ impl Sum {
 
     #[inline(always)]
     fn total(self) -> f64 {
-        let mut eight = [0.0; 8];
-        for lanes in self.0.chunks_exact(8) {
-            for i in 0..8 {
-                eight[i] += lanes[i];
-            }
-        }
-        let [a, b, c, d, e, f, g, h] = eight;
-        ((a + b) + (c + d)) + ((e + f) + (g + h))
+        total(self.0)
     }
+}
+
+/// The sum of all lanes.
+#[inline(always)]
+pub(crate) fn total(lanes: [f64; LANES]) -> f64 {
+    let mut eight = [0.0; 8];
+    for lanes in lanes.chunks_exact(8) {
+        for i in 0..8 {
+            eight[i] += lanes[i];
+        }
+    }
+    let [a, b, c, d, e, f, g, h] = eight;
+    ((a + b) + (c + d)) + ((e + f) + (g + h))
 }
 
 /// Calls `f`, which has to be inlined, with the ranges of a slice of `len` values that are added up side by side:
@@ -166,31 +172,27 @@ impl GradSums {
         (self.g.total(), self.gx.total())
     }
 
-    /// Adds the values of a slice, each `g` by way of `weigh` and its weight.
+    /// Adds the values of a slice.
     #[inline(always)]
-    pub fn add<T: Element, M: Mask<T>, W>(
+    pub fn add<T: Element, M: Mask<T>>(
         &mut self,
         slice: &Slice<T>,
         channels: impl Channels<Channel<T::Real>>,
-        weights: impl Channels<W>,
         mean: f64,
-        weigh: impl Fn(f64, W) -> f64,
     ) {
         let (gs, gxs, mut rooms) = (&mut self.g.0, &mut self.gx.0, [T::ROOM; 3]);
         blocks(
             slice.x.len(),
             #[inline(always)]
             |range| {
-                let (channels, weights) =
-                    (channels.part(range.clone()), weights.part(range.clone()));
+                let channels = channels.part(range.clone());
                 let (len, values) = (range.len(), slice.part(range));
                 let load = values.load::<M>(&mut rooms);
                 let (gs, gxs) = (&mut gs[..len], &mut gxs[..len]);
                 for i in 0..len {
                     let (x, g) = load(i, &channels.at(i));
-                    let g = weigh(g.to_f64(), weights.at(i));
-                    gs[i] += g;
-                    gxs[i] += g * (x.to_f64() - mean);
+                    gs[i] += g.to_f64();
+                    gxs[i] += g.to_f64() * (x.to_f64() - mean);
                 }
             },
         );

@@ -109,7 +109,7 @@ impl Summing for Planes {
         let mut sums = GradSums::new();
         for (run, _) in self.runs(tile) {
             let slice = tensors.run(run, channel);
-            sums.add::<T, M, _>(&slice, channel, Same(()), mean, |g, ()| g);
+            sums.add::<T, M>(&slice, channel, mean);
         }
         let (g, gx) = sums.totals();
         Pair([g], [gx])

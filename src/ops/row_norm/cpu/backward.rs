@@ -6,10 +6,10 @@ use std::ops::Range;
 use super::affine::{Affine, ByPlane, ByValue, Row, RowGrad};
 use super::blocks::Blocks;
 use super::{Backward, Grads, Spec};
+use crate::dims::Rows;
 use crate::ops::loops::convert::{Element, Real};
 use crate::ops::loops::element::{Channels, Mask, Same, Slice};
-use crate::ops::loops::lanes::{blocks, GradSums, LANES};
-use crate::ops::loops::sweep::PART;
+use crate::ops::loops::lanes::{blocks, total, GradSums, LANES};
 use crate::ops::output::{Output, Parts};
 use crate::ops::parallel;
 use crate::ops::slices::vectorised;
@@ -115,7 +115,7 @@ pub(super) fn plane_sums<T: Element, M: Mask<T>>(
     for (run, channel) in affine.planes(start, slice.x.len()) {
         let mut sums = GradSums::new();
         let same = Same(affine.channel(row, channel));
-        sums.add::<T, M, _>(&slice.part(run), same, Same(()), row.mean, |g, ()| g);
+        sums.add::<T, M>(&slice.part(run), same, row.mean);
         let (g, gx) = sums.totals();
         planes.push(PlaneSums {
             channel,
@@ -166,46 +166,40 @@ pub(super) fn values<T: Element, M: Mask<T>>(
     job: &Backward<T>,
     affine: &ByValue<T::Real>,
 ) -> Grads<T> {
-    let (spec, n) = (job.spec, job.spec.rows.n);
-    let sample = spec.rows.c * spec.rows.s;
+    let Rows { n, groups, c, s } = job.spec.rows;
+    let sample = c * s;
     let mut dx = job.wants.dx.then(|| Output::new(job.x.len()));
     let dx_parts = dx.as_mut().map(Output::parts);
     let of_chunk = CHUNK.div_ceil(sample).max(n.div_ceil(SAMPLES).min(SAMPLES));
-    let of_block = (PART / sample).max(1);
     let chunks = parallel::map(n.div_ceil(of_chunk), job.x.len(), |chunk| {
-        let mut sums = job.wants.dparams.then(|| vec![0.0; 2 * sample]);
-        let end = n.min((chunk + 1) * of_chunk);
-        for first in (chunk * of_chunk..end).step_by(of_block) {
-            let samples = first..end.min(first + of_block);
-            let groups = spec.rows.groups;
-            let rows = samples.start * groups..samples.end * groups;
-            let rows: Vec<_> = rows.map(|index| saved_row(job, index)).collect();
-            vectorised(
-                #[inline(always)]
-                || {
-                    if let Some(parts) = dx_parts {
-                        // SAFETY: no two chunks have a sample in common.
-                        unsafe { write_samples::<T, M>(job, affine, &rows, samples.clone(), parts) }
-                    }
-                    if let Some(sums) = &mut sums {
-                        add_samples::<T, M>(job, affine, &rows, samples, sums);
-                    }
-                },
-            )
-        }
-        sums
+        let (mut dweight, mut dbias) = (vec![0.0; sample], vec![0.0; sample]);
+        let samples = chunk * of_chunk..n.min((chunk + 1) * of_chunk);
+        vectorised(
+            #[inline(always)]
+            || {
+                for index in samples.start * groups..samples.end * groups {
+                    let columns = index % groups * (sample / groups);
+                    let columns = columns..columns + sample / groups;
+                    let dparams = (&mut dweight[columns.clone()], &mut dbias[columns]);
+                    // SAFETY: no two chunks have a sample in common.
+                    unsafe { row::<T, M>(job, affine, index, dparams, dx_parts) }
+                }
+            },
+        );
+        [dweight, dbias]
     });
-    let mut total = vec![0.0; 2 * sample];
-    for sums in chunks.iter().flatten() {
-        for i in 0..total.len() {
-            total[i] += sums[i];
-        }
-    }
     let dparams = || {
-        total
-            .chunks(spec.rows.s)
-            .map(|plane| plane.iter().sum())
-            .collect()
+        let mut dparams = Vec::with_capacity(2 * c);
+        for index in 0..2 {
+            let mut total = vec![0.0; sample];
+            for sums in &chunks {
+                for i in 0..sample {
+                    total[i] += sums[index][i];
+                }
+            }
+            dparams.extend(total.chunks(s).map(|plane| plane.iter().sum::<f64>()));
+        }
+        dparams
     };
     Grads {
         // SAFETY: the chunks have all samples.
@@ -214,74 +208,56 @@ pub(super) fn values<T: Element, M: Mask<T>>(
     }
 }
 
-/// Writes `dx` of whole samples, whose `rows` are given.
+/// Writes `dx` of a row, if it is asked for, and adds to the gradients of the parameters of its values.
 ///
 /// # Safety
-/// Nobody else holds the parts of these samples.
+/// Nobody else holds the part of this row.
 #[inline(always)]
-unsafe fn write_samples<T: Element, M: Mask<T>>(
+unsafe fn row<T: Element, M: Mask<T>>(
     job: &Backward<T>,
     affine: &ByValue<T::Real>,
-    rows: &[Row<T::Real>],
-    samples: Range<usize>,
-    parts: Parts<T>,
+    index: usize,
+    (dweight, dbias): (&mut [f64], &mut [f64]),
+    dx: Option<Parts<T>>,
 ) {
     let (groups, len) = (job.spec.rows.groups, job.spec.rows.len());
-    for (i, row) in rows.iter().enumerate() {
-        let (index, start) = (samples.start * groups + i, i % groups * len);
-        let run = index * len..(index + 1) * len;
-        let slice = slice(job, run.clone());
-        let channels = affine.channels(row, start..start + len);
-        let mut sums = GradSums::new();
-        let weight = channels.weight;
-        sums.add::<T, M, _>(&slice, channels, weight, row.mean, |g, weight| {
-            g * weight.to_f64()
-        });
-        // SAFETY: no two rows overlap, and nobody else holds any of the samples.
+    let (row, start) = (&saved_row(job, index), index % groups * len);
+    let run = index * len..(index + 1) * len;
+    let slice = slice(job, run.clone());
+    let channels = affine.channels(row, start..start + len);
+    let mut rooms = [T::ROOM; 3];
+    let (mut h, mut hx) = ([0.0; LANES], [0.0; LANES]);
+    blocks(
+        len,
+        #[inline(always)]
+        |range| {
+            let channels = channels.part(range.clone());
+            let (dweight, dbias) = (&mut dweight[range.clone()], &mut dbias[range.clone()]);
+            let (len, values) = (range.len(), slice.part(range));
+            let load = values.load::<M>(&mut rooms);
+            let (h, hx) = (&mut h[..len], &mut hx[..len]);
+            for i in 0..len {
+                let (x, g) = load(i, &channels.at(i));
+                let (weight, g) = (channels.weight[i].to_f64(), g.to_f64());
+                let gx = g * (x.to_f64() - row.mean);
+                h[i] += weight * g;
+                hx[i] += weight * gx;
+                dweight[i] += row.rstd * gx;
+                dbias[i] += g;
+            }
+        },
+    );
+    if let Some(parts) = dx {
+        // SAFETY: the caller promises it.
         let dx = unsafe { parts.part(run) };
-        write_dx::<T, M, _>(job.spec, affine, row, sums.totals(), start, &slice, dx);
-    }
-}
-
-/// Adds to the sums of each value of a sample, dweight and then dbias, those of whole samples,
-/// whose `rows` are given.
-#[inline(always)]
-fn add_samples<T: Element, M: Mask<T>>(
-    job: &Backward<T>,
-    affine: &ByValue<T::Real>,
-    rows: &[Row<T::Real>],
-    samples: Range<usize>,
-    sums: &mut [f64],
-) {
-    let (groups, len) = (job.spec.rows.groups, job.spec.rows.len());
-    let sample = groups * len;
-    let (dweight, dbias) = sums.split_at_mut(sample);
-    for group in 0..groups {
-        // Columns whose sums stay in registers.
-        blocks(
-            len,
-            #[inline(always)]
-            |strip| {
-                let strip = group * len + strip.start..group * len + strip.end;
-                let (mut g_sums, mut gx_sums) = ([0.0; LANES], [0.0; LANES]);
-                let mut rooms = [T::ROOM; 3];
-                for n in samples.clone() {
-                    let row = &rows[(n - samples.start) * groups + group];
-                    let slice = slice(job, n * sample + strip.start..n * sample + strip.end);
-                    let channels = affine.channels(row, strip.clone());
-                    let load = slice.load::<M>(&mut rooms);
-                    for j in 0..strip.len() {
-                        let (x, g) = load(j, &channels.at(j));
-                        g_sums[j] += g.to_f64();
-                        gx_sums[j] += g.to_f64() * ((x.to_f64() - row.mean) * row.rstd);
-                    }
-                }
-                let (dweight, dbias) = (&mut dweight[strip.clone()], &mut dbias[strip.clone()]);
-                for j in 0..strip.len() {
-                    dweight[j] += gx_sums[j];
-                    dbias[j] += g_sums[j];
-                }
-            },
+        write_dx::<T, M, _>(
+            job.spec,
+            affine,
+            row,
+            (total(h), total(hx)),
+            start,
+            &slice,
+            dx,
         );
     }
 }
