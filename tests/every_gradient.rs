@@ -3,12 +3,13 @@
 mod common;
 
 use candle_batch_norm::layers::{
-    conv2d, group_norm, instance_norm, layer_norm, linear, rms_norm, GroupNormConfig,
-    InstanceNormConfig, LayerNormConfig,
+    batch_norm_lstm, batch_norm_steps, conv2d, group_norm, instance_norm, layer_norm, linear,
+    rms_norm, BatchNormLstmConfig, GroupNormConfig, InstanceNormConfig, LayerNormConfig,
 };
 use candle_batch_norm::{backward, batch_norm, Activation, BatchNormConfig, RenormSchedule};
 use candle_core::{DType, Device, ModuleT, Result};
-use candle_nn::{VarBuilder, VarMap};
+use candle_nn::rnn::RNN;
+use candle_nn::{func_t, VarBuilder, VarMap};
 use common::{devices, random, tensor, values};
 
 /// Asserts it of a layer, for inputs of this shape.
@@ -37,7 +38,7 @@ fn check<L: ModuleT>(
     let vars = vars.data().lock().unwrap();
     let parameters: Vec<_> = vars
         .iter()
-        .filter(|(key, _)| key.ends_with("weight") || key.ends_with("bias"))
+        .filter(|(key, _)| !key.contains("running_") && !key.contains("num_batches_tracked"))
         .collect();
     assert!(!parameters.is_empty(), "{name} has no parameters");
     // Both ways back, candle's and ours.
@@ -127,6 +128,16 @@ fn every_parameter_of_every_layer_gets_a_gradient() -> Result<()> {
         };
         check("instance norm", images, device, |vb| {
             instance_norm(6, config, vb)
+        })?;
+        check("batch norm of steps", &[5, 7], device, |vb| {
+            Ok(batch_norm_steps(7, 3, 1e-5, vb)?.at(2).clone())
+        })?;
+        check("lstm", &[5, 4, 6], device, |vb| {
+            let lstm = batch_norm_lstm(6, 7, BatchNormLstmConfig::new(3), vb)?;
+            Ok(func_t(move |x, train| {
+                let states = lstm.seq_t(x, &lstm.zero_state(5)?, train)?;
+                lstm.states_to_tensor(&states)
+            }))
         })?;
         check("convolution", images, device, |vb| {
             conv2d(6, 4, 3, Default::default(), vb)
