@@ -9,22 +9,11 @@ use candle_batch_norm::{batch_norm, Activation, BatchNorm, BatchNormConfig, Free
 use candle_core::backprop::GradStore;
 use candle_core::{DType, Device, Module, ModuleT, Result, Tensor, Var};
 use candle_nn::{Init, VarBuilder, VarMap};
-use common::{devices, values};
+use common::{devices, pytorch_tolerance, values};
 
 const DATA: &str = "tests/data/pytorch_batch_norm.safetensors";
 const PTH: &str = "tests/data/state_dict.pth";
 const SAFETENSORS: &str = "tests/data/state_dict.safetensors";
-
-/// What may differ, relative to the larger of 1 and the expected value.
-fn tolerance(dtype: DType) -> f64 {
-    match dtype {
-        DType::F64 => 1e-12,
-        DType::F32 => 2e-6,
-        DType::F16 => 2e-3,
-        DType::BF16 => 1.6e-2,
-        dtype => panic!("no tolerance for {dtype:?}"),
-    }
-}
 
 /// Asserts equal shapes, and values within `tolerance`.
 #[track_caller]
@@ -78,7 +67,7 @@ impl Case {
     fn check(&self, name: &str, got: &Tensor) -> Result<()> {
         let (what, expected) = (format!("{} {name}", self.name), self.get(name));
         assert_eq!(got.dtype(), expected.dtype(), "{what}: dtype");
-        let tolerance = tolerance(got.dtype());
+        let tolerance = pytorch_tolerance(got.dtype());
         // PyTorch sums F32 in F32: its dweight is up to 2.2e-6 off its own result in F64.
         let sums_in_f32 = got.dtype() == DType::F32 && matches!(name, "dweight" | "dbias");
         let slack = if sums_in_f32 { 2.0 } else { 1.0 };

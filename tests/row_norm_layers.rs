@@ -12,20 +12,9 @@ use candle_batch_norm::layers::{
 use candle_batch_norm::Activation;
 use candle_core::{DType, Device, Module, ModuleT, Result, Tensor, Var};
 use candle_nn::{Init, VarBuilder, VarMap};
-use common::{assert_close, assert_error, devices, random, tensor, values};
+use common::{assert_close, assert_error, devices, pytorch_tolerance, random, tensor, values};
 
 const DATA: &str = "tests/data/pytorch_row_norms.safetensors";
-
-/// What may differ, relative to the larger of 1 and the expected value.
-fn tolerance(dtype: DType) -> f64 {
-    match dtype {
-        DType::F64 => 1e-12,
-        DType::F32 => 2e-6,
-        DType::F16 => 2e-3,
-        DType::BF16 => 1.6e-2,
-        dtype => panic!("no tolerance for {dtype:?}"),
-    }
-}
 
 /// Trains a layer as PyTorch's was, and holds everything against that.
 fn check(
@@ -52,7 +41,7 @@ fn check(
         let assert_within = |what: &str, got: &Tensor| -> Result<()> {
             let what_expected = &expected[what];
             assert_eq!(got.dims(), what_expected.dims(), "{name} {what}");
-            let bound = tolerance(dtype);
+            let bound = pytorch_tolerance(dtype);
             for (i, (got, expected)) in values(got)?.iter().zip(values(what_expected)?).enumerate()
             {
                 assert!(

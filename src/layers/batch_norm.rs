@@ -204,7 +204,7 @@ impl BatchNorm {
     /// # Panics
     /// If the layer was built without `track_running_stats`, which candle-nn does not have.
     pub fn running_mean(&self) -> &Tensor {
-        &self.expect_running().mean
+        &Running::expect(&self.running).mean
     }
 
     /// The running variance `[c]`: the unbiased estimate, unless the configuration says otherwise.
@@ -212,14 +212,7 @@ impl BatchNorm {
     /// # Panics
     /// If the layer was built without `track_running_stats`, which candle-nn does not have.
     pub fn running_var(&self) -> &Tensor {
-        &self.expect_running().var
-    }
-
-    fn expect_running(&self) -> &Running {
-        match &self.running {
-            Some(running) => running,
-            None => panic!("this batch norm was built with track_running_stats = false"),
-        }
+        &Running::expect(&self.running).var
     }
 
     /// The number of training batches so far, an I64 scalar, if the layer keeps it.

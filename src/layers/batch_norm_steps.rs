@@ -88,7 +88,7 @@ impl BatchNormSteps {
     /// # Panics
     /// If the layer was built without `track_running_stats`.
     pub fn running_mean(&self) -> &Tensor {
-        &self.expect_running().mean
+        &Running::expect(&self.running).mean
     }
 
     /// The running variances, `[steps, c]`.
@@ -96,14 +96,7 @@ impl BatchNormSteps {
     /// # Panics
     /// If the layer was built without `track_running_stats`.
     pub fn running_var(&self) -> &Tensor {
-        &self.expect_running().var
-    }
-
-    fn expect_running(&self) -> &Running {
-        match &self.running {
-            Some(running) => running,
-            None => panic!("this batch norm was built with track_running_stats = false"),
-        }
+        &Running::expect(&self.running).var
     }
 
     /// The numbers of training batches so far, I64 `[steps]`, if the layer keeps them.

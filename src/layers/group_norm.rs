@@ -3,7 +3,7 @@
 use candle_core::{bail, Module, Result, Tensor};
 use candle_nn::VarBuilder;
 
-use super::parameters::parameters;
+use super::parameters::{check_channels, parameters};
 use crate::ops::{self, Activation, RowNormArgs};
 use crate::shape::check_eps;
 
@@ -134,13 +134,7 @@ impl GroupNorm {
 
 impl Module for GroupNorm {
     fn forward(&self, x: &Tensor) -> Result<Tensor> {
-        if x.rank() >= 2 && x.dims()[1] != self.num_channels {
-            bail!(
-                "group norm expects {} channels in dimension 1, got an input of shape {:?}",
-                self.num_channels,
-                x.dims()
-            )
-        }
+        check_channels(NAME, self.num_channels, x)?;
         let args = RowNormArgs {
             weight: self.weight.as_ref(),
             bias: self.bias.as_ref(),

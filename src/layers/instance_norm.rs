@@ -3,9 +3,12 @@
 use candle_core::{bail, ModuleT, Result, Tensor, Var};
 use candle_nn::VarBuilder;
 
-use super::parameters::{parameters, statistics};
+use super::parameters::{check_channels, parameters, statistics};
 use crate::ops::{self, batch_norm_inference, Activation, BatchNormArgs, RowNormArgs};
 use crate::shape::check_eps;
+
+/// For errors.
+const NAME: &str = "instance norm";
 
 /// The options of an [`InstanceNorm`]. The default is PyTorch's.
 #[derive(Debug, Clone, Copy, PartialEq)]
@@ -89,7 +92,6 @@ pub fn instance_norm<C: Into<InstanceNormConfig>>(
     config: C,
     vb: VarBuilder,
 ) -> Result<InstanceNorm> {
-    const NAME: &str = "instance norm";
     let config = config.into();
     check_eps(NAME, config.eps)?;
     if !(0.0..=1.0).contains(&config.momentum) {
@@ -143,13 +145,7 @@ impl InstanceNorm {
 
 impl ModuleT for InstanceNorm {
     fn forward_t(&self, x: &Tensor, train: bool) -> Result<Tensor> {
-        if x.rank() >= 2 && x.dims()[1] != self.num_features {
-            bail!(
-                "instance norm expects {} channels in dimension 1, got an input of shape {:?}",
-                self.num_features,
-                x.dims()
-            )
-        }
+        check_channels(NAME, self.num_features, x)?;
         let InstanceNormConfig {
             eps,
             activation,

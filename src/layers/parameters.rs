@@ -40,6 +40,17 @@ pub(super) fn check_dtype(layer: &str, vb: &VarBuilder) -> Result<()> {
     }
 }
 
+/// Checks that there are the layer's channels in dimension 1, if there is one.
+pub(super) fn check_channels(layer: &str, channels: usize, x: &Tensor) -> Result<()> {
+    if x.rank() >= 2 && x.dims()[1] != channels {
+        bail!(
+            "{layer} expects {channels} channels in dimension 1, got an input of shape {:?}",
+            x.dims()
+        )
+    }
+    Ok(())
+}
+
 /// A variable of running statistics: in half precision it would neither move by small steps nor hold a
 /// variance above 65504.
 pub(super) fn statistics(

@@ -47,6 +47,17 @@ impl Running {
         })
     }
 
+    /// Those that a layer was asked for.
+    ///
+    /// # Panics
+    /// If it has none.
+    pub fn expect(running: &Option<Self>) -> &Self {
+        match running {
+            Some(running) => running,
+            None => panic!("this batch norm was built with track_running_stats = false"),
+        }
+    }
+
     /// Those of one layer among several, in the same memory.
     pub fn row(&self, index: usize) -> Result<Self> {
         let row = |t: &Tensor| Ok::<_, Error>(t.get(index)?.detach());

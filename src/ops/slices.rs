@@ -3,6 +3,8 @@
 use candle_core::op::BackpropOp;
 use candle_core::{bail, CpuStorage, DType, Layout, Result, Shape, Storage, Tensor, WithDType};
 
+use super::loops::Params;
+
 /// Calls a function that is generic over the dtype of a tensor.
 macro_rules! dispatch {
     ($op:expr, $dtype:expr, $f:ident($($arg:expr),*)) => {
@@ -46,6 +48,26 @@ pub(super) fn with_values<T: WithDType, R>(
             tensor.device().location()
         ),
     }
+}
+
+/// A tensor as a backend gets it.
+pub(super) type Operand<'a, S> = (&'a S, Layout);
+
+/// Weight and bias of a norm over `c` channels.
+pub(super) fn params(
+    op: &str,
+    weight: &Option<Operand<CpuStorage>>,
+    bias: &Option<Operand<CpuStorage>>,
+    c: usize,
+) -> Result<Params> {
+    let resolve = |operand: &Option<Operand<CpuStorage>>, absent: f64| match operand {
+        None => Ok(vec![absent; c]),
+        Some((storage, layout)) => to_f64(op, storage, layout),
+    };
+    Ok(Params {
+        weight: resolve(weight, 1.0)?,
+        bias: resolve(bias, 0.0)?,
+    })
 }
 
 /// The storage of a CPU tensor.

@@ -86,6 +86,17 @@ pub fn differences(at: &[f64], step: f64, mut f: impl FnMut(&[f64]) -> f64) -> V
     (0..at.len()).map(&mut difference).collect()
 }
 
+/// What may differ from PyTorch's numbers, relative to the larger of 1 and the expected value.
+pub fn pytorch_tolerance(dtype: DType) -> f64 {
+    match dtype {
+        DType::F64 => 1e-12,
+        DType::F32 => 2e-6,
+        DType::F16 => 2e-3,
+        DType::BF16 => 1.6e-2,
+        dtype => panic!("no tolerance for {dtype:?}"),
+    }
+}
+
 /// The relative error that the dtype brings by itself when it rounds a result.
 pub fn rounding(dtype: DType) -> f64 {
     match dtype {

@@ -3,9 +3,9 @@
 use candle_core::{CpuStorage, Device, Result, Tensor, WithDType};
 
 use super::cpu::{self, Backward, Element, Forward};
-use super::op::{BackwardTensors, BatchNormOp, Operand, Operands, TensorGrads};
+use super::op::{BackwardTensors, BatchNormOp, Operands, TensorGrads};
 use super::{Spec, Wants, NAME};
-use crate::ops::slices::{self, cpu_storage, dispatch};
+use crate::ops::slices::{self, cpu_storage, dispatch, Operand};
 
 /// A dtype of candle's that the loops can work on.
 trait HostElement: Element + WithDType {}
@@ -41,7 +41,7 @@ fn forward_as<T: HostElement>(
     let (y, stats) = cpu::forward(&Forward {
         spec,
         x: values::<T>(&operands.x)?,
-        params: params(operands, spec.dims.c)?,
+        params: slices::params(NAME, &operands.weight, &operands.bias, spec.dims.c)?,
         residual: operands.residual.as_ref().map(values::<T>).transpose()?,
         given,
     });
@@ -92,7 +92,7 @@ fn backward_as<T: HostElement>(
         x: values::<T>(&operands.x)?,
         dy: values::<T>(&(cpu_storage(NAME, &dy)?, dy_layout.clone()))?,
         y: y.as_ref().map(values::<T>).transpose()?,
-        params: params(&operands, op.spec.dims.c)?,
+        params: slices::params(NAME, &operands.weight, &operands.bias, op.spec.dims.c)?,
         saved: values::<f64>(&(cpu_storage(NAME, &saved)?, saved_layout.clone()))?,
         wants,
     });
@@ -109,17 +109,6 @@ fn backward_as<T: HostElement>(
         dx: grads.dx.map(like_x),
         dparams,
         dresidual: grads.dresidual.map(like_x),
-    })
-}
-
-fn params(operands: &Operands<CpuStorage>, c: usize) -> Result<cpu::Params> {
-    let resolve = |operand: &Option<Operand<CpuStorage>>, absent: f64| match operand {
-        None => Ok(vec![absent; c]),
-        Some(operand) => slices::to_f64(NAME, operand.0, &operand.1),
-    };
-    Ok(cpu::Params {
-        weight: resolve(&operands.weight, 1.0)?,
-        bias: resolve(&operands.bias, 0.0)?,
     })
 }
 

@@ -9,6 +9,7 @@ use candle_core::{bail, CpuStorage, CustomOp3, Device, Layout, Result, Shape, Te
 use super::{host, Activation, Spec, Wants};
 use crate::ops::backward::gradient_of;
 use crate::ops::keeps_graph::keeps_graph;
+use crate::ops::slices::Operand;
 
 /// Where weight and bias stand among the op's arguments, as far as there are any.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
@@ -35,9 +36,6 @@ pub(super) struct BatchNormOp {
     /// The mean and variance of the forward pass, F64 `[2, c]`: set once, by it.
     pub saved: Arc<OnceLock<Tensor>>,
 }
-
-/// A tensor as a backend gets it.
-pub(super) type Operand<'a, S> = (&'a S, Layout);
 
 /// The arguments by their role.
 pub(super) struct Operands<'a, S> {

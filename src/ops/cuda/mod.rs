@@ -11,7 +11,7 @@ use cudarc::driver::{CudaSlice, CudaView, DeviceRepr};
 use super::plan::{DTypeCode, Plan};
 pub(crate) use device::{aligned, function, limits, Counters, Module};
 pub(crate) use launch::{prepare, Args, Grid};
-pub(crate) use tensors::{view, Operand, PerChannel};
+pub(crate) use tensors::{params_dtype, view, Operand, PerChannel};
 
 mod device;
 mod launch;

@@ -2,14 +2,21 @@
 
 use candle_core::backend::BackendStorage;
 use candle_core::cuda_backend::CudaDType;
-use candle_core::{bail, CudaStorage, DType, Layout, Result};
+use candle_core::{bail, CudaStorage, DType, Result};
 use cudarc::driver::CudaView;
 use half::{bf16, f16};
 
 use super::launch::Args;
+use crate::ops::slices;
 
 /// A tensor as a backend gets it.
-pub(crate) type Operand<'a> = (&'a CudaStorage, Layout);
+pub(crate) type Operand<'a> = slices::Operand<'a, CudaStorage>;
+
+/// The dtype of weight and bias, if there is one of them.
+pub(crate) fn params_dtype(weight: &Option<Operand>, bias: &Option<Operand>) -> Option<DType> {
+    let (storage, _) = weight.as_ref().or(bias.as_ref())?;
+    Some(storage.dtype())
+}
 
 /// A tensor with one value per channel, in any of its dtypes.
 pub(crate) enum PerChannel<'a> {

@@ -18,12 +18,19 @@ pub(crate) struct Channel<A> {
     pub shift: A,
 }
 
+/// `hi` and `lo` of a mean.
+#[inline(always)]
+pub(crate) fn in_two<A: Real>(mean: f64) -> (A, A) {
+    let hi = A::from_f64(mean);
+    (hi, A::from_f64(mean - hi.to_f64()))
+}
+
 impl<A: Real> Channel<A> {
     pub fn new(mean: f64, rstd: f64, weight: f64, bias: f64) -> Self {
-        let hi = A::from_f64(mean);
+        let (hi, lo) = in_two(mean);
         Self {
             hi,
-            lo: A::from_f64(mean - hi.to_f64()),
+            lo,
             scale: A::from_f64(weight * rstd),
             shift: A::from_f64(bias),
         }

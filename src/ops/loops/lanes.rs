@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use super::convert::{Element, Real};
-use super::element::{Channel, Channels, Mask, Slice};
+use super::element::{Channel, Mask, Slice};
 
 /// As many sums as fit into the registers of a core, or nearly; the loops over short slices still fill some.
 pub(crate) const LANES: usize = 32;
@@ -172,12 +172,12 @@ impl GradSums {
         (self.g.total(), self.gx.total())
     }
 
-    /// Adds the values of a slice.
+    /// Adds the values of a slice of one channel.
     #[inline(always)]
     pub fn add<T: Element, M: Mask<T>>(
         &mut self,
         slice: &Slice<T>,
-        channels: impl Channels<Channel<T::Real>>,
+        channel: &Channel<T::Real>,
         mean: f64,
     ) {
         let (gs, gxs, mut rooms) = (&mut self.g.0, &mut self.gx.0, [T::ROOM; 3]);
@@ -185,12 +185,11 @@ impl GradSums {
             slice.x.len(),
             #[inline(always)]
             |range| {
-                let channels = channels.part(range.clone());
                 let (len, values) = (range.len(), slice.part(range));
                 let load = values.load::<M>(&mut rooms);
                 let (gs, gxs) = (&mut gs[..len], &mut gxs[..len]);
                 for i in 0..len {
-                    let (x, g) = load(i, &channels.at(i));
+                    let (x, g) = load(i, channel);
                     gs[i] += g.to_f64();
                     gxs[i] += g.to_f64() * (x.to_f64() - mean);
                 }

@@ -15,3 +15,9 @@ pub(super) mod sweep;
 /// Smaller planes are gone through as columns, or value by value with a parameter for each: loops over so
 /// few values have no time to get fast.
 pub(super) const PLANE: usize = 64;
+
+/// The learned parameters, `[c]` each; an absent weight is 1, an absent bias 0.
+pub(crate) struct Params {
+    pub weight: Vec<f64>,
+    pub bias: Vec<f64>,
+}

@@ -2,10 +2,11 @@
 
 use candle_core::{CpuStorage, Device, Result, Tensor, WithDType};
 
-use super::cpu::{self, Backward, Forward, Params};
-use super::op::{BackwardTensors, Operand, Operands, RowNormOp, TensorGrads};
+use super::cpu::{self, Backward, Forward};
+use super::op::{BackwardTensors, Operands, RowNormOp, TensorGrads};
 use super::Wants;
 use crate::ops::loops::convert::Element;
+use crate::ops::loops::Params;
 use crate::ops::slices::{self, cpu_storage, dispatch};
 
 /// `y`, and the statistics of the rows: F64 `[2, rows]`.
@@ -74,14 +75,6 @@ fn backward_as<T: Element + WithDType>(
     })
 }
 
-/// The parameters, with 1 and 0 for absent ones.
 fn params(op: &RowNormOp, operands: &Operands<CpuStorage>) -> Result<Params> {
-    let resolve = |operand: &Option<Operand<CpuStorage>>, absent: f64| match operand {
-        None => Ok(vec![absent; op.spec.rows.c]),
-        Some((storage, layout)) => slices::to_f64(op.name, storage, layout),
-    };
-    Ok(Params {
-        weight: resolve(&operands.weight, 1.0)?,
-        bias: resolve(&operands.bias, 0.0)?,
-    })
+    slices::params(op.name, &operands.weight, &operands.bias, op.spec.rows.c)
 }

@@ -9,6 +9,7 @@ use candle_core::{bail, CpuStorage, CustomOp3, Device, Layout, Result, Shape, Te
 use super::{host, Spec, Wants};
 use crate::ops::backward::gradient_of;
 use crate::ops::keeps_graph::keeps_graph;
+use crate::ops::slices::Operand;
 
 /// A row norm of its first argument; the second is the weight and the third the bias, as far as there are any.
 pub(super) struct RowNormOp {
@@ -19,9 +20,6 @@ pub(super) struct RowNormOp {
     /// The mean and the variance of each row, F64 `[2, rows]`: set once, by the forward pass.
     pub saved: Arc<OnceLock<Tensor>>,
 }
-
-/// A tensor as a backend gets it.
-pub(super) type Operand<'a, S> = (&'a S, Layout);
 
 /// The arguments by their role.
 pub(super) struct Operands<'a, S> {

@@ -21,13 +21,8 @@ use planes::{InOrder, Planes};
 
 pub(crate) use crate::ops::loops::convert::Element;
 use crate::ops::loops::element::{FromInput, FromOutput, Mask, NoMask};
+use crate::ops::loops::Params;
 use crate::ops::loops::PLANE;
-
-/// The learned parameters, `[c]` each; an absent weight is 1, an absent bias 0.
-pub(crate) struct Params {
-    pub weight: Vec<f64>,
-    pub bias: Vec<f64>,
-}
 
 /// Input of [`forward`]. All tensors are contiguous, `x` and `residual` are `[n, c, s]`.
 pub(crate) struct Forward<'a, T> {

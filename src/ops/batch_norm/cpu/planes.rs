@@ -109,7 +109,7 @@ impl Summing for Planes {
         let mut sums = GradSums::new();
         for (run, _) in self.runs(tile) {
             let slice = tensors.run(run, channel);
-            sums.add::<T, M>(&slice, channel, mean);
+            sums.add::<T, M>(&slice, &channel.0, mean);
         }
         let (g, gx) = sums.totals();
         Pair([g], [gx])

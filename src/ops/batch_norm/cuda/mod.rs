@@ -8,8 +8,8 @@ use super::op::{BackwardTensors, BatchNormOp, Operands, TensorGrads};
 use super::plan::{self, Blocks, Direction, Plan, Problem};
 use super::{Activation, Spec, Wants, NAME};
 use crate::ops::cuda::{
-    address_of, aligned, code_of, cuda_storage, function, limits, optional, partials, prepare,
-    view, wrap, Args, Counters, Kernel, Module, PerChannel,
+    address_of, aligned, code_of, cuda_storage, function, limits, optional, params_dtype, partials,
+    prepare, view, wrap, Args, Counters, Kernel, Module, PerChannel,
 };
 use crate::ops::slices::dispatch;
 use crate::shape::Dims;
@@ -29,11 +29,6 @@ fn problem(spec: &Spec, plan: &Plan, params: Option<DType>, given: Option<DType>
     Problem::new(spec.dims, plan, &options)
 }
 
-fn dtype_of(operands: &Operands<CudaStorage>) -> Option<DType> {
-    let (storage, _) = operands.weight.as_ref().or(operands.bias.as_ref())?;
-    Some(storage.dtype())
-}
-
 fn kernel<T: Kernel>(plan: &Plan, what: &str, device: &CudaDevice) -> Result<CudaFunction> {
     let name = plan.kernel(what, T::DTYPE.as_str());
     function(device, &name, Module::BatchNorm(plan.blocks), T::DTYPE)
@@ -47,10 +42,7 @@ fn choose<T: Kernel>(
     device: &CudaDevice,
 ) -> Result<(Plan, CudaFunction)> {
     let limits = limits(device)?;
-    let what = match direction {
-        Direction::Forward => "forward",
-        Direction::Backward => "backward",
-    };
+    let what = direction.kernel();
     if needs_sums {
         let plan = Plan::new(dims, size_of::<T>(), direction, &limits);
         let function = kernel::<T>(&plan, what, device)?;
@@ -89,7 +81,12 @@ fn forward_as<T: Kernel>(
     let needs_sums = given.is_none();
     let (plan, forward) = choose::<T>(dims, Direction::Forward, needs_sums, &device)?;
     let given_dtype = given.map(|(mean, _)| mean.dtype());
-    let problem = problem(spec, &plan, dtype_of(operands), given_dtype);
+    let problem = problem(
+        spec,
+        &plan,
+        params_dtype(&operands.weight, &operands.bias),
+        given_dtype,
+    );
     let values = [address_of(&problem)];
 
     let (mut x_copy, mut residual_copy) = (None, None);
@@ -178,7 +175,7 @@ fn backward_as<T: Kernel>(
     let (spec, dims) = (&op.spec, op.spec.dims);
     let needs_sums = wants.dparams || (wants.dx && spec.training);
     let (plan, backward) = choose::<T>(dims, Direction::Backward, needs_sums, &device)?;
-    let params_dtype = dtype_of(&operands);
+    let params_dtype = params_dtype(&operands.weight, &operands.bias);
     let problem = problem(spec, &plan, params_dtype, None);
     let values = [address_of(&problem)];
 

@@ -70,6 +70,16 @@ pub enum Direction {
     Backward,
 }
 
+impl Direction {
+    /// The kernel that is the last on this way.
+    pub fn kernel(self) -> &'static str {
+        match self {
+            Self::Forward => "forward",
+            Self::Backward => "backward",
+        }
+    }
+}
+
 /// How the blocks that share a tile come to its sums.
 #[derive(Debug, Clone, Copy, PartialEq, Eq)]
 pub enum Blocks {

@@ -2,9 +2,10 @@
 
 use std::ops::Range;
 
-use super::{Params, Spec};
+use super::Spec;
 use crate::ops::loops::convert::Real;
-use crate::ops::loops::element::{Channel, Channels, Same};
+use crate::ops::loops::element::{in_two, Channel, Channels, Same};
+use crate::ops::loops::Params;
 
 /// The statistics of a row, as numbers to compute with.
 #[derive(Clone, Copy)]
@@ -19,13 +20,13 @@ pub(super) struct Row<A> {
 impl<A: Real> Row<A> {
     #[inline(always)]
     pub fn new(spec: &Spec, mean: f64, var: f64) -> Self {
-        let hi = A::from_f64(mean);
+        let (hi, lo) = in_two(mean);
         Self {
             mean,
             var,
             rstd: spec.rstd(var),
             hi,
-            lo: A::from_f64(mean - hi.to_f64()),
+            lo,
         }
     }
 

@@ -114,8 +114,8 @@ pub(super) fn plane_sums<T: Element, M: Mask<T>>(
     let mut row_sums = (0.0, 0.0);
     for (run, channel) in affine.planes(start, slice.x.len()) {
         let mut sums = GradSums::new();
-        let same = Same(affine.channel(row, channel));
-        sums.add::<T, M>(&slice.part(run), same, row.mean);
+        let of_plane = affine.channel(row, channel);
+        sums.add::<T, M>(&slice.part(run), &of_plane, row.mean);
         let (g, gx) = sums.totals();
         planes.push(PlaneSums {
             channel,

@@ -16,15 +16,9 @@ mod transposed;
 use super::{Spec, Wants};
 use crate::ops::loops::convert::Element;
 use crate::ops::loops::element::{FromInput, Mask, NoMask};
-use crate::ops::loops::PLANE;
+use crate::ops::loops::{Params, PLANE};
 use crate::ops::Activation;
 use affine::{ByPlane, ByValue};
-
-/// The learned parameters, `[c]` each; an absent weight is 1, an absent bias 0.
-pub(crate) struct Params {
-    pub weight: Vec<f64>,
-    pub bias: Vec<f64>,
-}
 
 /// Input of [`forward`]. `x` is contiguous.
 pub(crate) struct Forward<'a, T> {

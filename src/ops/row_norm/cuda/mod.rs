@@ -8,8 +8,8 @@ use super::op::{BackwardTensors, Operands, RowNormOp, TensorGrads};
 use super::plan::{self, RowPlan};
 use super::{Activation, Spec, Wants};
 use crate::ops::cuda::{
-    address_of, aligned, code_of, cuda_storage, function, limits, partials, prepare, view, wrap,
-    Args, Counters, Kernel, Module, Operand, PerChannel,
+    address_of, aligned, code_of, cuda_storage, function, limits, params_dtype, partials, prepare,
+    view, wrap, Args, Counters, Kernel, Module, Operand, PerChannel,
 };
 use crate::ops::plan::{Blocks, Direction, Options};
 use crate::ops::slices::dispatch;
@@ -20,11 +20,6 @@ mod params;
 fn options(spec: &Spec, params: Option<DType>) -> Options {
     let relu = spec.activation == Activation::Relu;
     plan::options(spec.eps, params.map(code_of), relu, spec.remove_mean)
-}
-
-fn dtype_of(operands: &Operands<CudaStorage>) -> Option<DType> {
-    let (storage, _) = operands.weight.as_ref().or(operands.bias.as_ref())?;
-    Some(storage.dtype())
 }
 
 fn kernel<T: Kernel>(plan: &RowPlan, what: &str, device: &CudaDevice) -> Result<CudaFunction> {
@@ -39,10 +34,7 @@ fn choose<T: Kernel>(
     device: &CudaDevice,
 ) -> Result<(RowPlan, CudaFunction)> {
     let limits = limits(device)?;
-    let what = match direction {
-        Direction::Forward => "forward",
-        Direction::Backward => "backward",
-    };
+    let what = direction.kernel();
     let (rows, last, bytes) = (spec.rows, spec.channels_last, size_of::<T>());
     let plan = RowPlan::new(rows, last, bytes, direction, &limits);
     let last_kernel = kernel::<T>(&plan, what, device)?;
@@ -73,7 +65,10 @@ fn forward_as<T: Kernel>(
     let device = operands.x.0.device().clone();
     let stream = device.cuda_stream();
     let (plan, forward) = choose::<T>(spec, Direction::Forward, &device)?;
-    let problem = plan.problem(&options(spec, dtype_of(operands)));
+    let problem = plan.problem(&options(
+        spec,
+        params_dtype(&operands.weight, &operands.bias),
+    ));
     let values = [address_of(&problem)];
 
     let mut x_copy = None;
@@ -142,7 +137,7 @@ pub(super) fn backward(
     if wants.dx {
         grads.dx = Some(dispatch!(op.name, dtype, dx_as(&inputs))?);
     }
-    if let Some(params) = dtype_of(&operands).filter(|_| wants.dparams) {
+    if let Some(params) = params_dtype(&operands.weight, &operands.bias).filter(|_| wants.dparams) {
         grads.dparams = Some(dispatch!(op.name, dtype, dparams_as(&inputs, params))?);
     }
     Ok(grads)
@@ -161,7 +156,10 @@ fn dx_as<T: Kernel>(inputs: &Inputs) -> Result<Tensor> {
     let device = operands.x.0.device().clone();
     let stream = device.cuda_stream();
     let (plan, backward) = choose::<T>(spec, Direction::Backward, &device)?;
-    let problem = plan.problem(&options(spec, dtype_of(operands)));
+    let problem = plan.problem(&options(
+        spec,
+        params_dtype(&operands.weight, &operands.bias),
+    ));
     let values = [address_of(&problem)];
 
     let (mut x_copy, mut dy_copy) = (None, None);
