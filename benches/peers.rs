@@ -8,8 +8,8 @@
 //! `instance:`. The passes:
 //!
 //! - `fwd`: the forward pass in training, with its graph and the running statistics;
-//! - `all`: forward, for batch norm with a ReLU, and backward through candle's autograd, ours by `backward`;
-//!   candle brings ones for `dy`;
+//! - `all`: forward, for batch norm with a ReLU, and backward through candle's autograd, ours by `backward_from`
+//!   for a given `dy`, candle-nn's by `backward`, for which candle brings ones;
 //! - `vjp`: the same without autograd, for a given `dy`;
 //! - `eval`: the forward pass with the running statistics;
 //! - `copy`: a copy of the tensor on all threads, for the bandwidth.
@@ -22,7 +22,7 @@ use candle_batch_norm::ops::{
     batch_norm_vjp, group_norm_vjp, layer_norm_vjp, rms_norm_vjp, Activation, BatchNormArgs,
     RowNormArgs,
 };
-use candle_batch_norm::{backward, BatchNormConfig};
+use candle_batch_norm::{backward_from, BatchNormConfig};
 use candle_core::{DType, Device, ModuleT, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
 
@@ -70,7 +70,7 @@ fn answer(line: &str) -> Result<[Duration; 2]> {
     let x = Tensor::randn(1f32, 2.0, shape.as_slice(), &device)?.to_dtype(dtype)?;
     let vars = VarMap::new();
     let vb = VarBuilder::from_varmap(&vars, dtype, &device);
-    let relu = pass == "all";
+    let (ours, relu) = (layer == "ours", pass == "all");
     let layer = build(layer, norm, &shape, relu, vb)?;
     let layer = |x: &Tensor, train: bool| match &layer {
         (layer, true) if relu => layer.forward_t(x, train)?.relu(),
@@ -81,10 +81,18 @@ fn answer(line: &str) -> Result<[Duration; 2]> {
         "eval" => time(limit, || layer(&x, false)),
         "all" => {
             let x = Var::from_tensor(&x)?;
-            if backward(&layer(&x, true)?)?.get(&x).is_none() {
+            let dy = x.ones_like()?;
+            let all = || {
+                let y = layer(&x, true)?;
+                match ours {
+                    true => backward_from(&y, &dy),
+                    false => y.backward(),
+                }
+            };
+            if all()?.get(&x).is_none() {
                 candle_core::bail!("no gradient: this layer is not differentiable")
             }
-            time(limit, || backward(&layer(&x, true)?))
+            time(limit, all)
         }
         "vjp" => {
             let parameters = match norm {

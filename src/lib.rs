@@ -52,7 +52,7 @@ pub mod ops;
 mod shape;
 
 pub use layers::{batch_norm, BatchNorm, BatchNormConfig, Freeze, InitialValues, RenormSchedule};
-pub use ops::{backward, Activation, RenormLimits};
+pub use ops::{backward, backward_from, Activation, RenormLimits};
 
 /// The README's example runs as a test.
 #[cfg(doctest)]

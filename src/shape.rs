@@ -1,7 +1,8 @@
 //! Any tensor as `[n, c, s]`: the one place that checks rank, channels, dtype and device.
 
-use candle_core::{bail, DType, Device, Result, Tensor};
+use candle_core::{bail, DType, Device, Result, Shape, Tensor};
 
+use crate::ops::graph::{contiguous, view};
 use crate::ops::slices::check_float;
 
 pub(crate) use crate::dims::Dims;
@@ -158,10 +159,15 @@ impl Order {
     /// `x` in the form that the kernels take: contiguous with the channels in dimension 1.
     pub fn into_kernel(self, x: &Tensor) -> Result<Tensor> {
         match self {
-            Self::ChannelsFirst => x.contiguous(),
-            Self::ChannelsLast => channels_to_back(x)?
-                .contiguous()?
-                .reshape(((), x.dims()[1])),
+            Self::ChannelsFirst => contiguous(x),
+            Self::ChannelsLast => {
+                let matrix = channels_to_back(x)?
+                    .contiguous()?
+                    .reshape(((), x.dims()[1]))?;
+                let shape = x.shape().clone();
+                let back = move |gradient: &Tensor| channels_to_1(gradient, &shape);
+                Ok(view(x, matrix, back))
+            }
         }
     }
 
@@ -170,15 +176,21 @@ impl Order {
         match self {
             Self::ChannelsFirst => Ok(y.clone()),
             Self::ChannelsLast => {
-                let mut dims = x.dims().to_vec();
-                let c = dims.remove(1);
-                dims.push(c);
-                let mut order: Vec<usize> = (0..dims.len() - 1).collect();
-                order.insert(1, dims.len() - 1);
-                y.reshape(dims)?.permute(order)
+                let back = |gradient: &Tensor| Self::ChannelsLast.into_kernel(gradient);
+                Ok(view(y, channels_to_1(y, x.shape())?, back))
             }
         }
     }
+}
+
+/// `[n·s, c]` as `[n, c, …]` of this shape, without a copy.
+fn channels_to_1(matrix: &Tensor, shape: &Shape) -> Result<Tensor> {
+    let mut dims = shape.dims().to_vec();
+    let c = dims.remove(1);
+    dims.push(c);
+    let mut order: Vec<usize> = (0..dims.len() - 1).collect();
+    order.insert(1, dims.len() - 1);
+    matrix.reshape(dims)?.permute(order)
 }
 
 /// `[n, c, …]` as `[n, …, c]`, without a copy.

@@ -42,7 +42,7 @@ use candle_nn::VarBuilder;
 use crate::layers::{
     self, BatchNormConfig, Conv2d, GroupNormConfig, InstanceNormConfig, RenormSchedule,
 };
-use crate::ops::{max_pool2d, relu};
+use crate::ops::{max_pool2d, relu, reshape};
 use build::Builder;
 pub use dropout::{Dropout, DropoutKind};
 
@@ -249,7 +249,7 @@ impl ModuleT for Layer {
             Self::CandleBatchNorm(bn) => bn.forward_t(x, train),
             Self::Relu => relu(x),
             Self::MaxPool => max_pool2d(x, 2),
-            Self::Flatten => x.flatten_from(1),
+            Self::Flatten => reshape(x, (x.dim(0)?, ())),
             Self::Dropout(dropout) => dropout.forward_t(x, train),
         }
     }

@@ -6,6 +6,10 @@ use std::collections::HashMap;
 use candle_core::backprop::GradStore;
 use candle_core::{Result, Tensor, TensorId};
 
+use super::graph::seed;
+use super::keeps_graph::for_gradients;
+use crate::shape::check_like;
+
 /// The variables of a graph, and the gradient of each as far as this crate's ops have found it.
 type Search = HashMap<TensorId, (Tensor, Option<Tensor>)>;
 
@@ -58,6 +62,33 @@ pub fn backward(loss: &Tensor) -> Result<GradStore> {
         grads.insert(&variable, sum);
     }
     Ok(grads)
+}
+
+/// [`backward`] of a tensor of any shape, with its gradient given.
+///
+/// The gradients are those of `Σ y·dy`. `dy` is a constant, unless
+/// [gradients are to have gradients](crate::ops#gradients-of-gradients). (`y.backward()` is this with ones.)
+///
+/// PyTorch: `y.backward(dy)`.
+///
+/// # Errors
+/// `dy` of another shape, dtype or device than `y`, and those of [`backward`].
+///
+/// ```
+/// use candle_batch_norm::ops::{backward_from, relu};
+/// use candle_core::{Device, Var};
+///
+/// # fn main() -> candle_core::Result<()> {
+/// let x = Var::new(&[-1f32, 2.0], &Device::Cpu)?;
+/// let dy = candle_core::Tensor::new(&[3f32, 4.0], &Device::Cpu)?;
+/// let grads = backward_from(&relu(&x)?, &dy)?;
+/// assert_eq!(grads.get(&x).unwrap().to_vec1::<f32>()?, [0.0, 4.0]);
+/// # Ok(())
+/// # }
+/// ```
+pub fn backward_from(y: &Tensor, dy: &Tensor) -> Result<GradStore> {
+    check_like("backward_from", "a gradient", dy, "the output", y)?;
+    backward(&seed(y, &for_gradients(dy))?)
 }
 
 /// Runs `f` while the ops look for the gradients of the variables that `loss` comes from.

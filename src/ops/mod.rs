@@ -21,6 +21,7 @@ mod conv2d;
 mod cross_entropy;
 #[cfg(feature = "cuda")]
 mod cuda;
+pub(crate) mod graph;
 mod keeps_graph;
 mod linear;
 mod loops;
@@ -32,7 +33,7 @@ mod row_norm;
 pub(crate) mod slices;
 mod weighted;
 
-pub use backward::backward;
+pub use backward::{backward, backward_from};
 pub use batch_norm::{
     batch_norm_inference, batch_norm_train, batch_norm_vjp, batch_renorm_train, batch_stats,
     Activation, BatchNormArgs, BatchNormGrads, BatchNormPullback, BatchStats, RenormLimits,
@@ -42,6 +43,7 @@ pub use batch_norm::{
 pub use batch_norm::plan;
 pub use conv2d::conv2d;
 pub use cross_entropy::cross_entropy;
+pub use graph::reshape;
 pub use linear::linear;
 pub use max_pool2d::max_pool2d;
 pub use relu::relu;

@@ -6,6 +6,7 @@ use candle_core::backend::BackendStorage;
 use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDType};
 
 use super::backward::gradient_of;
+use super::graph::{apply1, contiguous};
 use super::keeps_graph::keeps_graph;
 use super::output::Output;
 use super::parallel::for_each;
@@ -48,7 +49,7 @@ pub fn relu(x: &Tensor) -> Result<Tensor> {
         return x.relu();
     }
     // In the op, a copy that is made so would be a constant.
-    x.contiguous()?.apply_op1(Relu)
+    apply1(&contiguous(x)?, Relu)
 }
 
 struct Relu;

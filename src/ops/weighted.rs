@@ -7,6 +7,7 @@ use candle_core::{
 };
 
 use super::backward::gradient_of;
+use super::graph::{self, contiguous, to_dtype};
 use super::keeps_graph::keeps_graph;
 use super::slices::{computed_in, tensor, values};
 
@@ -62,13 +63,13 @@ where
         has_bias: bias.is_some(),
     };
     let dtype = computed_in(x.dtype());
-    let (x_wide, weight) = (x.to_dtype(dtype)?, weight.to_dtype(dtype)?);
+    let (x_wide, weight) = (to_dtype(x, dtype)?, to_dtype(weight, dtype)?);
     // In the place of a bias stands the input again, which is not read as one.
     let bias = match bias {
-        Some(bias) => bias.to_dtype(dtype)?.contiguous()?,
+        Some(bias) => contiguous(&to_dtype(bias, dtype)?)?,
         None => x_wide.clone(),
     };
-    x_wide.apply_op3(&weight, &bias, op)?.to_dtype(x.dtype())
+    to_dtype(&graph::apply([&x_wide, &weight, &bias], op)?, x.dtype())
 }
 
 /// Checks dtype and device of a parameter (`what` names it in errors) against the input.

@@ -16,6 +16,7 @@ use std::sync::{Arc, OnceLock};
 
 use candle_core::{bail, DType, Result, Tensor};
 
+use crate::ops::graph;
 use crate::ops::max_pool2d::max_pool2d;
 use crate::ops::max_pool2d::windows::Windows;
 use crate::shape::{check_eps, check_one_dtype, check_parameter, Dims, Order};
@@ -251,7 +252,7 @@ fn apply(
     let Prepared { op, order, tensors } = prepare(x, args, dims, pooling, normalise)?;
     let saved = op.saved.clone();
     let [x_kernel, second, third] = &tensors;
-    let y = x_kernel.apply_op3(second, third, op)?;
+    let y = graph::apply([x_kernel, second, third], op)?;
     let y = match pooling {
         Pooling::After(windows) => max_pool2d(&order.out_of_kernel(&y, x)?, windows.kernel)?,
         Pooling::None | Pooling::Fused(_) => order.out_of_kernel(&y, x)?,

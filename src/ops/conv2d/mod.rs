@@ -6,6 +6,7 @@ mod cpu;
 use candle_core::{bail, Result, Tensor};
 use candle_nn::Conv2dConfig;
 
+use super::graph::contiguous;
 use super::slices::check_float;
 use super::weighted::{apply, check_like};
 
@@ -105,7 +106,7 @@ pub fn conv2d(
 ) -> Result<Tensor> {
     let spec = check(x, weight, bias, config)?;
     // In the op, a copy that is made so would be a constant.
-    let (x, weight) = (&x.contiguous()?, &weight.contiguous()?);
+    let (x, weight) = (&contiguous(x)?, &contiguous(weight)?);
     if !x.device().is_cpu() {
         let y = x.conv2d_with_algo(
             weight,

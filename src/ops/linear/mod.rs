@@ -4,6 +4,7 @@ mod cpu;
 
 use candle_core::{bail, Result, Tensor};
 
+use super::graph::contiguous;
 use super::slices::check_float;
 use super::weighted::{apply, check_like, Composed, Grads, Wants};
 
@@ -66,8 +67,8 @@ pub fn linear(x: &Tensor, weight: &Tensor, bias: Option<&Tensor>) -> Result<Tens
             NAME,
             spec,
             shape,
-            &x.contiguous()?,
-            &weight.contiguous()?,
+            &contiguous(x)?,
+            &contiguous(weight)?,
             bias,
         );
     }

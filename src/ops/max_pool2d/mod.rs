@@ -11,6 +11,7 @@ use candle_core::{
 };
 
 use super::backward::gradient_of;
+use super::graph::{apply1, contiguous};
 use super::keeps_graph::keeps_graph;
 use super::slices::{check_float, dispatch, tensor, values, with_values};
 use windows::Windows;
@@ -56,7 +57,7 @@ pub fn max_pool2d(x: &Tensor, kernel: usize) -> Result<Tensor> {
     check_float(NAME, x)?;
     let windows = check_windows(NAME, x, kernel)?;
     // In the op, a copy that is made so would be a constant.
-    x.contiguous()?.apply_op1(MaxPool(windows))
+    apply1(&contiguous(x)?, MaxPool(windows))
 }
 
 /// The windows on the images `x`, for the op of this name.

@@ -5,7 +5,7 @@ use candle_core::{bail, Result, Shape, Tensor};
 use super::op::RowNormOp;
 use super::Spec;
 use crate::dims::Rows;
-use crate::ops::Activation;
+use crate::ops::{graph, Activation};
 use crate::shape::{check_eps, check_input, check_parameters, check_values, Order};
 
 /// The optional arguments of [`layer_norm`](super::layer_norm()), [`rms_norm`](super::rms_norm()),
@@ -84,7 +84,7 @@ impl Prepared {
             return Ok((x.clone(), None));
         }
         let (saved, [x_kernel, weight, bias]) = (self.op.saved.clone(), &self.tensors);
-        let y = x_kernel.apply_op3(weight, bias, self.op)?;
+        let y = graph::apply([x_kernel, weight, bias], self.op)?;
         Ok((self.order.out_of_kernel(&y, x)?, saved.get().cloned()))
     }
 }
