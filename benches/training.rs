@@ -12,7 +12,7 @@ use candle_batch_norm::ops::cross_entropy;
 use candle_core::{DType, Device, ModuleT, Result, Tensor};
 use candle_nn::{VarBuilder, VarMap};
 
-#[allow(dead_code)] // the example also saves it
+#[allow(dead_code, unused_imports)] // the example also saves it, and tests it
 #[path = "../examples/mnist_compare/sgd.rs"]
 mod sgd;
 use sgd::Sgd;

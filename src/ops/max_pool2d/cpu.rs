@@ -57,7 +57,7 @@ pub(super) fn backward<T: WithDType + Default>(windows: &Windows, x: &[T], dy: &
                     let dy = &dy[plane * outputs..][..outputs];
                     // SAFETY: each plane is one task's.
                     let dx = unsafe { parts.part(plane * inputs..(plane + 1) * inputs) };
-                    windows.backward(x, dy, dx, &mut scratch);
+                    windows.backward(x, dy, dx, &mut scratch, |_, dy| dy);
                 }
             },
         )

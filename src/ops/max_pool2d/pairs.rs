@@ -21,7 +21,7 @@ pub(super) fn forward<T: Pixel>(x: &[T], w: usize, y: &mut [MaybeUninit<T>], scr
     }
 }
 
-/// Writes the gradient of every window to its maximum, and 0 to all other pixels.
+/// Writes `gradient(maximum, dy)` of every window to its maximum, and 0 to all other pixels.
 #[inline(always)]
 pub(super) fn backward<T: Pixel>(
     x: &[T],
@@ -29,6 +29,7 @@ pub(super) fn backward<T: Pixel>(
     dy: &[T],
     dx: &mut [MaybeUninit<T>],
     scratch: &mut Vec<T>,
+    gradient: impl Fn(T, T) -> T,
 ) {
     let windows = dy.len();
     let [pairs, upper, lower] = room(scratch, windows);
@@ -36,7 +37,9 @@ pub(super) fn backward<T: Pixel>(
     split(pairs, windows, w / 2, upper, lower);
     // The gradients of the pairs take the place of their maxima.
     for i in 0..windows {
-        let (dy, lower_wins) = (dy[i], wins(lower[i], upper[i]));
+        let (above, below) = (upper[i], lower[i]);
+        let lower_wins = wins(below, above);
+        let dy = gradient(if lower_wins { below } else { above }, dy[i]);
         upper[i] = if lower_wins { T::default() } else { dy };
         lower[i] = if lower_wins { dy } else { T::default() };
     }

@@ -49,7 +49,7 @@ impl Windows {
         }
     }
 
-    /// Writes all of `dx`: the gradient of a window to its maximum, 0 to the other pixels.
+    /// Writes all of `dx`: `gradient(maximum, dy)` of a window to its maximum, 0 to the other pixels.
     /// `scratch` is overwritten.
     #[inline(always)]
     pub fn backward<T: Pixel>(
@@ -58,11 +58,12 @@ impl Windows {
         dy: &[T],
         dx: &mut [MaybeUninit<T>],
         scratch: &mut Vec<T>,
+        gradient: impl Fn(T, T) -> T,
     ) {
         let (dx, rest) = dx.split_at_mut(self.oh() * self.kernel * self.w);
         zero(rest);
         if self.kernel == 2 {
-            return pairs::backward(&x[..dx.len()], self.w, dy, dx, scratch);
+            return pairs::backward(&x[..dx.len()], self.w, dy, dx, scratch, gradient);
         }
         let rows = x.chunks_exact(self.kernel * self.w);
         let rows = rows
@@ -71,7 +72,8 @@ impl Windows {
         for ((x, dx), dy) in rows {
             zero(dx);
             for (j, &dy) in dy.iter().enumerate() {
-                dx[self.largest(x, j)].write(dy);
+                let at = self.largest(x, j);
+                dx[at].write(gradient(x[at], dy));
             }
         }
     }

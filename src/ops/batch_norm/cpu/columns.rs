@@ -21,6 +21,10 @@ const GROUP: usize = 1024;
 /// Columns that are summed side by side.
 const STRIP: usize = 128;
 
+/// Numbers where registers are loaded from one line of the cache.
+#[repr(align(64))]
+struct Aligned<T>(T);
+
 /// Rows that are added up before they are added to the sums.
 const ROWS: usize = 4;
 
@@ -131,7 +135,7 @@ impl Summing for Columns {
             #[inline(always)]
             |columns| {
                 // As for planes: a constant column has exactly its value as mean.
-                let mut pivot = [0.0; STRIP];
+                let Aligned(pivot) = &mut Aligned([0.0; STRIP]);
                 if remove_mean {
                     for (pivot, x) in pivot.iter_mut().zip(&x[columns.clone()]) {
                         *pivot = x.to_f64();
@@ -140,25 +144,25 @@ impl Summing for Columns {
                 let mut mean = [0.0; STRIP];
                 let mut square = [0.0; STRIP];
                 if T::SQUARES_FIT && remove_mean {
-                    let mut sums = [[0.0; STRIP]; 2];
+                    let Aligned(sums) = &mut Aligned([[0.0; STRIP]; 2]);
                     add_rows(
-                        &mut sums,
+                        sums,
                         x,
                         stride,
                         &columns,
                         #[inline(always)]
                         |j, x| [x - pivot[j], (x - pivot[j]) * (x - pivot[j])],
                     );
-                    let [sum, squares] = &sums;
+                    let [sum, squares] = &*sums;
                     for j in 0..STRIP {
                         mean[j] = pivot[j] + sum[j] / m;
                         square[j] = spread(sum[j], squares[j], m);
                     }
                 } else {
                     if remove_mean {
-                        let mut sums = [[0.0; STRIP]];
+                        let Aligned(sums) = &mut Aligned([[0.0; STRIP]]);
                         add_rows(
-                            &mut sums,
+                            sums,
                             x,
                             stride,
                             &columns,
@@ -169,9 +173,9 @@ impl Summing for Columns {
                             mean[j] = pivot[j] + sums[0][j] / m;
                         }
                     }
-                    let mut squares = [[0.0; STRIP]];
+                    let Aligned(squares) = &mut Aligned([[0.0; STRIP]]);
                     add_rows(
-                        &mut squares,
+                        squares,
                         x,
                         stride,
                         &columns,
@@ -271,6 +275,7 @@ fn add_rows<T: Element, const N: usize>(
 }
 
 /// The sums of the backward pass over a strip, with what they need of its channels.
+#[repr(align(64))]
 struct StripSums<A> {
     hi: [A; STRIP],
     lo: [A; STRIP],

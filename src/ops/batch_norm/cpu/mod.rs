@@ -84,6 +84,8 @@ fn as_columns(spec: &Spec) -> bool {
 /// The gradients of [`forward`].
 pub(crate) fn backward<T: Element>(job: &Backward<T>) -> Grads<T> {
     match (job.spec.activation, job.y) {
+        // Only of the maxima is the ReLU's mask needed: it comes with the pooling.
+        _ if job.spec.windows.is_some() => backward_masked::<_, NoMask>(job),
         (Activation::Identity, _) => backward_masked::<_, NoMask>(job),
         (Activation::Relu, None) => backward_masked::<_, FromInput>(job),
         (Activation::Relu, Some(_)) => backward_masked::<_, FromOutput>(job),

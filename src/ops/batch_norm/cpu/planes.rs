@@ -9,6 +9,7 @@ use super::Spec;
 use crate::ops::loops::convert::{Element, Real};
 use crate::ops::loops::element::{Channel, ChannelGrad, Mask, Same};
 use crate::ops::loops::lanes::{moments, GradSums};
+use crate::ops::loops::prefetch::prefetch;
 use crate::ops::loops::sweep::{Division, Tile, PART};
 use crate::shape::Dims;
 
@@ -27,6 +28,15 @@ impl Planes {
             dims,
             part: whole.unwrap_or(PART),
         }
+    }
+}
+
+impl Planes {
+    /// What is most likely to be read after a run: the same positions of the next sample.
+    #[inline(always)]
+    fn in_next_sample(&self, run: &Range<usize>) -> Range<usize> {
+        let sample = self.dims.c * self.dims.s;
+        run.start + sample..run.end + sample
     }
 }
 
@@ -92,7 +102,15 @@ impl Summing for Planes {
 
     #[inline(always)]
     fn moments<T: Element>(&self, x: &[T], tile: Tile, remove_mean: bool) -> Pair<[f64; 1]> {
-        let runs = || self.runs(tile).map(|(run, _)| &x[run]);
+        let runs = || {
+            self.runs(tile).map(
+                #[inline(always)]
+                |(run, _)| {
+                    prefetch(x.get(self.in_next_sample(&run)));
+                    &x[run]
+                },
+            )
+        };
         let m = self.values(tile.part) as f64;
         let (mean, squares) = moments(runs, m, remove_mean);
         Pair([mean], [squares])
@@ -108,6 +126,7 @@ impl Summing for Planes {
         let (channel, mean) = (self.at(channels, 0), channels.mean[0]);
         let mut sums = GradSums::new();
         for (run, _) in self.runs(tile) {
+            tensors.prefetch(self.in_next_sample(&run));
             let slice = tensors.run(run, channel);
             sums.add::<T, M>(&slice, &channel.0, mean);
         }

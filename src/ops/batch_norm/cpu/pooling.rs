@@ -8,6 +8,7 @@ use super::Backward;
 use crate::ops::batch_norm::Activation;
 use crate::ops::loops::convert::Element;
 use crate::ops::loops::element::{write_y, Channel, Channels, Slice};
+use crate::ops::loops::prefetch::prefetch;
 use crate::ops::max_pool2d::windows::Windows;
 use crate::ops::output::{written, Parts};
 
@@ -45,7 +46,7 @@ impl<T: Element> Scratch<T> {
     }
 }
 
-/// The tensors that the backward pass reads, `dy` as it is before the pooling.
+/// The tensors that the backward pass reads, `dy` as it is before the pooling and the ReLU in front of that.
 pub(super) struct Tensors<'a, T> {
     job: &'a Backward<'a, T>,
     unpooled: Unpooled<'a, T>,
@@ -54,7 +55,7 @@ pub(super) struct Tensors<'a, T> {
     maxima: Vec<T>,
 }
 
-/// What becomes of the `dy` of a plane before the pooling, which two passes need.
+/// What becomes of such a `dy` of a plane, which two passes need.
 #[derive(Clone, Copy)]
 pub(super) enum Unpooled<'a, T> {
     /// It is computed and forgotten.
@@ -90,6 +91,18 @@ impl<'a, T: Element> Tensors<'a, T> {
         }
     }
 
+    /// Asks for what [`run`](Self::run) will read.
+    #[inline(always)]
+    pub fn prefetch(&self, run: Range<usize>) {
+        let Backward { spec, x, dy, .. } = self.job;
+        let of_dy = match &spec.windows {
+            None => run.clone(),
+            Some(windows) => outputs(windows, &run),
+        };
+        prefetch(x.get(run));
+        prefetch(dy.get(of_dy));
+    }
+
     /// The values in `run`, a whole plane if there is pooling.
     #[inline(always)]
     pub fn run(
@@ -113,7 +126,18 @@ impl<'a, T: Element> Tensors<'a, T> {
             unpooled.copy_from_slice(unsafe { parts.part(run) });
         } else {
             let y = self.y.output(x, channels, spec.activation);
-            windows.backward(y, dy, unpooled, &mut self.maxima);
+            let maxima = &mut self.maxima;
+            match spec.activation {
+                Activation::Identity => windows.backward(y, dy, unpooled, maxima, |_, dy| dy),
+                Activation::Relu => windows.backward(
+                    y,
+                    dy,
+                    unpooled,
+                    maxima,
+                    #[inline(always)]
+                    |y, dy| if y <= T::default() { T::default() } else { dy },
+                ),
+            }
         }
         // SAFETY: `backward` writes every value, here or before the copy.
         let dy = unsafe { written(unpooled) };
