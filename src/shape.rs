@@ -2,7 +2,7 @@
 
 use candle_core::{bail, DType, Device, Result, Shape, Tensor};
 
-use crate::ops::graph::{contiguous, view};
+use crate::ops::graph::{contiguous, view, view_for_one};
 use crate::ops::slices::check_float;
 
 pub(crate) use crate::dims::Dims;
@@ -166,7 +166,7 @@ impl Order {
                     .reshape(((), x.dims()[1]))?;
                 let shape = x.shape().clone();
                 let back = move |gradient: &Tensor| channels_to_1(gradient, &shape);
-                Ok(view(x, matrix, back))
+                Ok(view_for_one(x, matrix, back))
             }
         }
     }

@@ -365,3 +365,20 @@ fn dropout_drops_its_share_and_scales_the_rest() -> Result<()> {
     }
     Ok(())
 }
+
+#[test]
+fn no_images_have_no_logits() -> Result<()> {
+    for architecture in Architecture::ALL {
+        let vars = VarMap::new();
+        let vb = VarBuilder::from_varmap(&vars, DType::F32, &Device::Cpu);
+        let config = ModelConfig {
+            norm: Norm::batch(),
+            ..Default::default()
+        };
+        let model = Model::new(architecture, &config, vb)?;
+        let [c, h, w] = architecture.input_shape();
+        let x = Tensor::zeros((0, c, h, w), DType::F32, &Device::Cpu)?;
+        assert_eq!(model.forward_t(&x, false)?.dims(), &[0, 10]);
+    }
+    Ok(())
+}

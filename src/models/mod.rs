@@ -249,7 +249,10 @@ impl ModuleT for Layer {
             Self::CandleBatchNorm(bn) => bn.forward_t(x, train),
             Self::Relu => relu(x),
             Self::MaxPool => max_pool2d(x, 2),
-            Self::Flatten => reshape(x, (x.dim(0)?, ())),
+            Self::Flatten => {
+                let features: usize = x.dims()[1..].iter().product();
+                reshape(x, (x.dim(0)?, features))
+            }
             Self::Dropout(dropout) => dropout.forward_t(x, train),
         }
     }

@@ -7,7 +7,7 @@ use candle_core::{
 };
 
 use super::backward::gradient_of;
-use super::graph::{self, contiguous, to_dtype};
+use super::graph::{self, contiguous, output_as, to_dtype};
 use super::keeps_graph::keeps_graph;
 use super::slices::{computed_in, tensor, values};
 
@@ -69,7 +69,7 @@ where
         Some(bias) => contiguous(&to_dtype(bias, dtype)?)?,
         None => x_wide.clone(),
     };
-    to_dtype(&graph::apply([&x_wide, &weight, &bias], op)?, x.dtype())
+    output_as(&graph::apply([&x_wide, &weight, &bias], op)?, x.dtype())
 }
 
 /// Checks dtype and device of a parameter (`what` names it in errors) against the input.

@@ -91,7 +91,7 @@ impl<'a, T: Element> Tensors<'a, T> {
         }
     }
 
-    /// Asks for what [`run`](Self::run) will read.
+    /// Asks for the `x` and the `dy` that [`run`](Self::run) will read.
     #[inline(always)]
     pub fn prefetch(&self, run: Range<usize>) {
         let Backward { spec, x, dy, .. } = self.job;
