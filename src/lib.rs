@@ -26,8 +26,8 @@
 //! | module | what |
 //! |---|---|
 //! | [`layers`] | [`BatchNorm`], built by [`batch_norm`], with running statistics, freezing, masks, renormalisation and conversions; its relatives [`layers::LayerNorm`], [`layers::RmsNorm`], [`layers::GroupNorm`] and [`layers::InstanceNorm`]; [`layers::BatchNormSteps`] and [`layers::BatchNormLstm`] for sequences; [`layers::Penalty`], [`layers::Constraint`]; [`layers::Conv2d`], [`layers::Linear`] |
-//! | [`backward`] | `loss.backward()` in less time |
-//! | [`ops`] | [`ops::batch_norm_train`], [`ops::batch_norm_inference`], [`ops::batch_norm_vjp`], [`ops::batch_renorm_train`], [`ops::batch_stats`], [`ops::layer_norm`](ops::layer_norm()), [`ops::rms_norm`](ops::rms_norm()), [`ops::group_norm`](ops::group_norm()), [`ops::instance_norm`](ops::instance_norm()), [`ops::conv2d`], [`ops::linear`], [`ops::max_pool2d`], [`ops::relu`] and [`ops::cross_entropy`], the formulas and their gradients |
+//! | [`backward`], [`backward_from`] | `loss.backward()` in less time, and from a given gradient |
+//! | [`ops`] | [`ops::batch_norm_train`], [`ops::batch_norm_inference`], [`ops::batch_norm_vjp`], [`ops::batch_renorm_train`], [`ops::batch_stats`], [`ops::layer_norm`](ops::layer_norm()), [`ops::rms_norm`](ops::rms_norm()), [`ops::group_norm`](ops::group_norm()), [`ops::instance_norm`](ops::instance_norm()), [`ops::conv2d`], [`ops::linear`], [`ops::max_pool2d`], [`ops::relu`], [`ops::reshape`] and [`ops::cross_entropy`], the formulas and their gradients |
 //! | [`models`] | the networks of the with/without comparison that the example `mnist_compare` trains |
 //!
 //! # Training and evaluation

@@ -23,9 +23,9 @@ thread_local! {
 /// candle's own makes zeros for every tensor that gets a gradient and adds the gradient to them. Here
 /// what an op of this crate finds for a variable (a weight, a bias, an input that is a `Var`) is taken
 /// as it is, and only summed up if there is more than one. That is worth while for large weights and
-/// inputs, and in half precision. All other gradients go candle's way: those of tensors between two
-/// ops, and of variables through other ops. A sum of three gradients or more may be
-/// rounded in another order.
+/// inputs, and in half precision. Gradients of variables through candle's ops go candle's way. (Those of
+/// tensors between two ops of this crate do not on the CPU, with candle's `backward` as little as with this one.)
+/// A sum of three gradients or more may be rounded in another order.
 ///
 /// A custom op whose `bwd` goes back through a graph of its own should call this there too: candle's
 /// `backward` within this one has no gradients of variables that both graphs share.

@@ -15,8 +15,8 @@ use crate::shape::{check_like, Order};
 ///
 /// The output is a constant to autograd, and so are the gradients, unless
 /// [gradients are to have gradients](crate::ops#gradients-of-gradients). What candle's `backward` adds to an op, a tensor of zeros and
-/// the sum of the gradient with it for each argument, is not there: on the CPU that is as much work as
-/// the op itself, in half precision many times as much.
+/// the sum of the gradient with it for each argument that comes from candle's ops, is not there: that is as much work
+/// as the op itself, in half precision many times as much.
 ///
 /// JAX: `jax.vjp`. PyTorch: `torch.ops.aten.native_batch_norm` and `native_batch_norm_backward`.
 ///
