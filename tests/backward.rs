@@ -10,7 +10,7 @@ use candle_core::{
     CpuStorage, CustomOp1, DType, Device, Layout, ModuleT, Result, Shape, Tensor, Var,
 };
 use candle_nn::{VarBuilder, VarMap};
-use common::{assert_close, assert_error, devices, random, rounding, tensor, values, var};
+use common::{assert_close, assert_error, devices, random, rounding, tensor, values, var, Refuses};
 
 /// Both have gradients of the same variables, with the same values.
 #[track_caller]
@@ -97,23 +97,6 @@ fn a_single_gradient_is_taken_as_it_is() -> Result<()> {
     assert!(sign(backward(&y)?)?);
     assert!(!sign(y.backward()?)?);
     Ok(())
-}
-
-/// An identity whose gradient is an error.
-struct Refuses;
-
-impl CustomOp1 for Refuses {
-    fn name(&self) -> &'static str {
-        "refuses"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok((x.clone(), layout.shape().clone()))
-    }
-
-    fn bwd(&self, _x: &Tensor, _y: &Tensor, _dy: &Tensor) -> Result<Option<Tensor>> {
-        candle_core::bail!("refused")
-    }
 }
 
 #[test]

@@ -10,7 +10,7 @@ use candle_batch_norm::ops::{
 use candle_batch_norm::{backward, backward_from};
 use candle_core::backprop::GradStore;
 use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, Var, D};
-use common::{assert_close, assert_error, devices, random, rounding, values, var};
+use common::{assert_close, assert_error, devices, random, rounding, values, var, Refuses};
 
 /// The ops of a graph.
 #[derive(Clone, Copy)]
@@ -163,23 +163,6 @@ fn views() -> Result<()> {
         }
     }
     Ok(())
-}
-
-/// An identity whose gradient is an error.
-struct Refuses;
-
-impl CustomOp1 for Refuses {
-    fn name(&self) -> &'static str {
-        "refuses"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok((x.clone(), layout.shape().clone()))
-    }
-
-    fn bwd(&self, _x: &Tensor, _y: &Tensor, _dy: &Tensor) -> Result<Option<Tensor>> {
-        candle_core::bail!("refused")
-    }
 }
 
 /// What a way back left before it ended is no part of the next one.

@@ -3,7 +3,7 @@
 
 pub mod rows;
 
-use candle_core::{DType, Device, Result, Tensor, Var};
+use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, Var};
 use rand::{Rng, SeedableRng};
 use rand_chacha::ChaCha8Rng;
 
@@ -69,6 +69,23 @@ pub fn assert_error<T>(result: Result<T>, parts: &[&str]) {
     };
     for part in parts {
         assert!(error.contains(part), "{error:?} should say {part:?}");
+    }
+}
+
+/// An identity whose gradient is an error.
+pub struct Refuses;
+
+impl CustomOp1 for Refuses {
+    fn name(&self) -> &'static str {
+        "refuses"
+    }
+
+    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+        Ok((x.clone(), layout.shape().clone()))
+    }
+
+    fn bwd(&self, _x: &Tensor, _y: &Tensor, _dy: &Tensor) -> Result<Option<Tensor>> {
+        candle_core::bail!("refused")
     }
 }
 
