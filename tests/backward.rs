@@ -6,11 +6,12 @@ use candle_batch_norm::backward;
 use candle_batch_norm::models::{Architecture, Model, ModelConfig, Norm};
 use candle_batch_norm::ops::{batch_norm_inference, cross_entropy, linear, relu, BatchNormArgs};
 use candle_core::backprop::GradStore;
-use candle_core::{
-    CpuStorage, CustomOp1, DType, Device, Layout, ModuleT, Result, Shape, Tensor, Var,
-};
+use candle_core::{DType, Device, ModuleT, Result, Tensor, Var};
 use candle_nn::{VarBuilder, VarMap};
-use common::{assert_close, assert_error, devices, random, rounding, tensor, values, var, Refuses};
+use common::{
+    assert_close, assert_error, devices, identity_with, random, refuses, rounding, tensor, values,
+    var,
+};
 
 /// Both have gradients of the same variables, with the same values.
 #[track_caller]
@@ -106,7 +107,7 @@ fn an_error_leaves_nothing_behind() -> Result<()> {
         var(&random(1, 12, 0.0), &[3, 4], DType::F32, device)?,
         var(&random(2, 8, 0.0), &[2, 4], DType::F32, device)?,
     );
-    let refused = linear(&relu(&x)?.apply_op1(Refuses)?, &w, None)?.sum_all()?;
+    let refused = linear(&refuses(&relu(&x)?)?, &w, None)?.sum_all()?;
     assert_error(backward(&refused).map(|_| ()), &["refused"]);
     let loss = linear(&x, &w, None)?.sum_all()?;
     let (candles, ours) = (loss.backward()?, backward(&loss)?);
@@ -114,36 +115,6 @@ fn an_error_leaves_nothing_behind() -> Result<()> {
     let dw = candles.get(&w).expect("candle's backward has it again");
     assert_eq!(values(&dw.get(0)?)?, values(&rows)?);
     assert_same(&ours, &candles, &[x, w])
-}
-
-/// An op with a graph of its own, whose way back runs within that of another.
-struct Nested {
-    inner: Var,
-    shared: Var,
-    with: fn(&Tensor) -> Result<GradStore>,
-}
-
-impl Nested {
-    fn product(&self, x: &Tensor) -> Result<Tensor> {
-        linear(&linear(x, &self.inner, None)?, &self.shared, None)
-    }
-}
-
-impl CustomOp1 for Nested {
-    fn name(&self) -> &'static str {
-        "nested"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok((x.clone(), layout.shape().clone()))
-    }
-
-    fn bwd(&self, x: &Tensor, _y: &Tensor, _dy: &Tensor) -> Result<Option<Tensor>> {
-        let x = Var::from_tensor(x)?;
-        let grads = (self.with)(&self.product(&x)?.sum_all()?)?;
-        assert!(grads.get(&self.inner).is_some());
-        Ok(grads.get(&x).cloned())
-    }
 }
 
 /// An op that goes back through a graph of its own finds its gradients in its own store.
@@ -156,16 +127,18 @@ fn one_within_another() -> Result<()> {
     };
     for with in [backward, Tensor::backward] {
         let (x, inner, shared) = (get(1, &[3, 4])?, get(2, &[4, 4])?, get(3, &[4, 4])?);
-        let nested = |with| Nested {
-            inner: inner.clone(),
-            shared: shared.clone(),
-            with,
+        // An op with a graph of its own, whose way back runs within that of another.
+        let nested = |x: &Tensor, with: fn(&Tensor) -> Result<GradStore>| {
+            let (inner, shared) = (inner.clone(), shared.clone());
+            identity_with(x, move |x, _dy| {
+                let x = Var::from_tensor(x)?;
+                let product = linear(&linear(&x, &inner, None)?, &shared, None)?;
+                let grads = with(&product.sum_all()?)?;
+                assert!(grads.get(&inner).is_some());
+                Ok(grads.get(&x).cloned())
+            })
         };
-        let loss = |with| {
-            linear(&x, &shared, None)?
-                .apply_op1(nested(with))?
-                .sum_all()
-        };
+        let loss = |with| nested(&linear(&x, &shared, None)?, with)?.sum_all();
         let ours = backward(&loss(with)?);
         let expected = loss(Tensor::backward)?.backward()?;
         let dx = |grads: &GradStore| values(grads.get(&x).expect("a gradient"));

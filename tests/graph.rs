@@ -9,8 +9,10 @@ use candle_batch_norm::ops::{
 };
 use candle_batch_norm::{backward, backward_from};
 use candle_core::backprop::GradStore;
-use candle_core::{CpuStorage, CustomOp1, DType, Device, Layout, Result, Shape, Tensor, Var, D};
-use common::{assert_close, assert_error, devices, random, rounding, values, var, Refuses};
+use candle_core::{DType, Device, Result, Tensor, Var, D};
+use common::{
+    assert_close, assert_error, devices, identity_with, random, refuses, rounding, values, var,
+};
 
 /// The ops of a graph.
 #[derive(Clone, Copy)]
@@ -172,7 +174,7 @@ fn after_an_error() -> Result<()> {
     let [x, w1, w2, _] = &vars;
     let h = ops::linear(x, w1, None)?;
     let (a, b) = (ops::relu(&h)?, ops::layer_norm(&h, 8, &RowNormArgs::new())?);
-    let refused = b.apply_op1(Refuses)?.sum_all()?;
+    let refused = refuses(&b)?.sum_all()?;
     // Whichever comes first, one order has left the gradient of `h` when the error comes.
     for failing in [(a.sum_all()? + &refused)?, (&refused + a.sum_all()?)?] {
         assert_error(backward(&failing), &["refused"]);
@@ -213,25 +215,6 @@ fn from_several_threads() -> Result<()> {
     })
 }
 
-/// An op that, on its way back, goes back from a tensor of the graph that it stands in.
-struct GoesBack(Tensor, Var);
-
-impl CustomOp1 for GoesBack {
-    fn name(&self) -> &'static str {
-        "goes back"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok((x.clone(), layout.shape().clone()))
-    }
-
-    fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        let grads = self.0.backward()?;
-        let norm = grads.get(&self.1).expect("a gradient").sqr()?.sum_all()?;
-        dy.broadcast_mul(&norm).map(Some)
-    }
-}
-
 /// A way back within another one, through ops where that one has left gradients.
 #[test]
 fn one_within_another() -> Result<()> {
@@ -241,7 +224,13 @@ fn one_within_another() -> Result<()> {
         let h = (ops.linear)(x, w1)?;
         let inner = (ops.relu)(&h)?.sqr()?.sum_all()?;
         let a = (ops.relu)(&h)?.sum_all()?;
-        let b = (ops.relu)(&h.apply_op1(GoesBack(inner, x.clone()))?)?.sum_all()?;
+        let of = x.clone();
+        let goes_back = identity_with(&h, move |_, dy| {
+            let grads = inner.backward()?;
+            let norm = grads.get(&of).expect("a gradient").sqr()?.sum_all()?;
+            dy.broadcast_mul(&norm).map(Some)
+        })?;
+        let b = (ops.relu)(&goes_back)?.sum_all()?;
         match swapped {
             true => a + b,
             false => b + a,
@@ -255,25 +244,8 @@ fn one_within_another() -> Result<()> {
     Ok(())
 }
 
-/// An op that goes back within another way back, gives up on an error, and has another gradient instead.
-struct Tries(Tensor);
-
-impl CustomOp1 for Tries {
-    fn name(&self) -> &'static str {
-        "tries"
-    }
-
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok((x.clone(), layout.shape().clone()))
-    }
-
-    fn bwd(&self, _x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
-        assert_error(self.0.backward(), &["refused"]);
-        Ok(Some(dy.clone()))
-    }
-}
-
-/// What that left is no part of the one around it, whatever has left its gradients before.
+/// A way back within another one that is given up on an error leaves nothing in that, whatever has left its
+/// gradients before.
 #[test]
 fn an_error_in_one_within_another() -> Result<()> {
     let vars = variables(DType::F64, &Device::Cpu)?;
@@ -281,15 +253,17 @@ fn an_error_in_one_within_another() -> Result<()> {
     let network = |ops: Ops, order: usize| -> Result<Tensor> {
         let h = (ops.linear)(x, w1)?;
         let first = (ops.relu)(&h)?.sqr()?.sum_all()?;
-        let refused = (ops.relu)(&h)?.apply_op1(Refuses)?.sum_all()?;
+        let refused = refuses(&(ops.relu)(&h)?)?.sum_all()?;
         let inner = match order % 2 {
             0 => (&first + &refused)?,
             _ => (&refused + &first)?,
         };
         let a = (ops.relu)(&h)?.sum_all()?;
-        let b = (ops.layer_norm)(&h.apply_op1(Tries(inner))?)?
-            .sqr()?
-            .sum_all()?;
+        let tries = identity_with(&h, move |_, dy| {
+            assert_error(inner.backward(), &["refused"]);
+            Ok(Some(dy.clone()))
+        })?;
+        let b = (ops.layer_norm)(&tries)?.sqr()?.sum_all()?;
         let c = (ops.relu)(&(ops.layer_norm)(&h)?)?.sum_all()?;
         match order / 2 {
             0 => (a + b)? + c,

@@ -8,6 +8,7 @@ use candle_core::{CpuStorage, CustomOp1, Layout, Result, Shape, Tensor, WithDTyp
 use super::backward::gradient_of;
 use super::graph::{apply1, contiguous};
 use super::keeps_graph::keeps_graph;
+use super::loops::element::cut;
 use super::output::Output;
 use super::parallel::for_each;
 use super::slices::{check_float, dispatch, tensor, values, vectorised, with_values};
@@ -79,16 +80,10 @@ fn forward<T: WithDType>(x: &CpuStorage, layout: &Layout) -> Result<CpuStorage> 
     Ok(T::to_cpu_storage_owned(y))
 }
 
-fn backward<T: WithDType>(x: &Tensor, dy: &Tensor) -> Result<Tensor> {
+fn backward<T: WithDType + Default>(x: &Tensor, dy: &Tensor) -> Result<Tensor> {
     let dx = with_values(NAME, x, |x| {
         with_values(NAME, dy, |dy| {
-            Ok(in_parts::<T>(x, dy, |x, dy| {
-                if x <= T::zero() {
-                    T::zero()
-                } else {
-                    dy
-                }
-            }))
+            Ok(in_parts::<T>(x, dy, |x, dy| cut(x, T::zero(), dy)))
         })
     })?;
     Ok(tensor(dx, x.shape()))

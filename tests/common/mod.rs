@@ -72,21 +72,32 @@ pub fn assert_error<T>(result: Result<T>, parts: &[&str]) {
     }
 }
 
-/// An identity whose gradient is an error.
-pub struct Refuses;
+/// `x`, by an op whose gradient is what `bwd` makes of `x` and `dy`.
+pub fn identity_with(
+    x: &Tensor,
+    bwd: impl Fn(&Tensor, &Tensor) -> Result<Option<Tensor>> + Send + Sync + 'static,
+) -> Result<Tensor> {
+    struct Identity<F>(F);
 
-impl CustomOp1 for Refuses {
-    fn name(&self) -> &'static str {
-        "refuses"
-    }
+    impl<F: Fn(&Tensor, &Tensor) -> Result<Option<Tensor>>> CustomOp1 for Identity<F> {
+        fn name(&self) -> &'static str {
+            "identity"
+        }
 
-    fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
-        Ok((x.clone(), layout.shape().clone()))
-    }
+        fn cpu_fwd(&self, x: &CpuStorage, layout: &Layout) -> Result<(CpuStorage, Shape)> {
+            Ok((x.clone(), layout.shape().clone()))
+        }
 
-    fn bwd(&self, _x: &Tensor, _y: &Tensor, _dy: &Tensor) -> Result<Option<Tensor>> {
-        candle_core::bail!("refused")
+        fn bwd(&self, x: &Tensor, _y: &Tensor, dy: &Tensor) -> Result<Option<Tensor>> {
+            (self.0)(x, dy)
+        }
     }
+    x.apply_op1(Identity(bwd))
+}
+
+/// `x`, by an op whose gradient is an error.
+pub fn refuses(x: &Tensor) -> Result<Tensor> {
+    identity_with(x, |_, _| candle_core::bail!("refused"))
 }
 
 /// The gradient of `f` by central differences.

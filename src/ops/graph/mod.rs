@@ -89,12 +89,12 @@ where
     }
 }
 
-/// A scalar in whose graph the gradient of `y` is `dy`.
+/// A scalar in whose graph the gradient of `y` is `dy`, a constant unless gradients have gradients.
 pub(super) fn seed(y: &Tensor, dy: &Tensor) -> Result<Tensor> {
     match source_of(y) {
         Some(source) => {
             let token = source.token.clone();
-            token.apply_op1(Seed(source, dy.detach()))
+            token.apply_op1(Seed(source, dy.clone()))
         }
         None => (y * dy)?.sum_all(),
     }

@@ -1,7 +1,7 @@
 //! The two nodes of an op, and what happens there on the way back.
 
 use std::collections::HashMap;
-use std::sync::{Arc, LazyLock, Mutex, OnceLock, PoisonError, Weak};
+use std::sync::{Arc, LazyLock, Mutex, OnceLock, Weak};
 use std::thread::ThreadId;
 
 use candle_core::op::BackpropOp;
@@ -9,7 +9,7 @@ use candle_core::{
     bail, CpuStorage, CustomOp1, CustomOp3, Layout, Result, Shape, Storage, Tensor, TensorId,
 };
 
-use super::sources::{lock, Source, SOURCES};
+use super::sources::{forget_all, lock, Source};
 
 /// An op that was applied.
 pub(super) struct Node {
@@ -187,12 +187,7 @@ impl CustomOp1 for Output {
 
 impl Drop for Output {
     fn drop(&mut self) {
-        let ids = std::mem::take(&mut *lock(&self.0.known_as));
-        let mut sources = SOURCES.write().unwrap_or_else(PoisonError::into_inner);
-        let ended: Vec<_> = ids.iter().map(|id| sources.remove(id)).collect();
-        // With them may end other outputs, which come here too.
-        drop(sources);
-        drop(ended);
+        forget_all(&self.0);
     }
 }
 

@@ -22,13 +22,24 @@ pub(super) fn register(id: TensorId, node: &Node, source: Source) {
     sources.insert(id, source);
 }
 
+/// Of a node's output and views: that one.
 pub(super) fn forget(node: &Node, id: TensorId) {
     lock(&node.known_as).retain(|&known| known != id);
+    remove(&[id]);
+}
+
+/// Of a node: its output and all views.
+pub(super) fn forget_all(node: &Node) {
+    let ids = std::mem::take(&mut *lock(&node.known_as));
+    remove(&ids);
+}
+
+fn remove(ids: &[TensorId]) {
     let mut sources = SOURCES.write().unwrap_or_else(PoisonError::into_inner);
-    let source = sources.remove(&id);
-    // With it may end an output, which comes here too.
+    let ended: Vec<_> = ids.iter().map(|id| sources.remove(id)).collect();
+    // With them may end other outputs, which come here too.
     drop(sources);
-    drop(source);
+    drop(ended);
 }
 
 pub(super) fn lock<T>(mutex: &Mutex<T>) -> MutexGuard<'_, T> {

@@ -31,6 +31,7 @@ pub(crate) trait Element: Copy + PartialOrd + Default + Send + Sync + 'static {
 /// `f32` and `f64`, in which values are computed.
 pub(crate) trait Real:
     Copy
+    + Default
     + PartialOrd
     + Send
     + Sync

@@ -181,9 +181,9 @@ impl<T: Element> Mask<T> for FromOutput {
 
 /// `dy` unless `y <= zero`: a NaN in `y` lets the gradient through, as in PyTorch.
 #[inline(always)]
-fn cut<A: Real>(y: A, zero: A, dy: A) -> A {
+pub(crate) fn cut<V: PartialOrd + Default>(y: V, zero: V, dy: V) -> V {
     if y <= zero {
-        A::ZERO
+        V::default()
     } else {
         dy
     }

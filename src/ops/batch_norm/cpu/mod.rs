@@ -21,8 +21,7 @@ use planes::{InOrder, Planes};
 
 pub(crate) use crate::ops::loops::convert::Element;
 use crate::ops::loops::element::{FromInput, FromOutput, Mask, NoMask};
-use crate::ops::loops::Params;
-use crate::ops::loops::PLANE;
+use crate::ops::loops::{Params, PLANE};
 
 /// Input of [`forward`]. All tensors are contiguous, `x` and `residual` are `[n, c, s]`.
 pub(crate) struct Forward<'a, T> {

@@ -29,9 +29,7 @@ impl Planes {
             part: whole.unwrap_or(PART),
         }
     }
-}
 
-impl Planes {
     /// What is most likely to be read after a run: the same positions of the next sample.
     #[inline(always)]
     fn in_next_sample(&self, run: &Range<usize>) -> Range<usize> {

@@ -7,7 +7,7 @@ use std::ops::Range;
 use super::Backward;
 use crate::ops::batch_norm::Activation;
 use crate::ops::loops::convert::Element;
-use crate::ops::loops::element::{write_y, Channel, Channels, Slice};
+use crate::ops::loops::element::{cut, write_y, Channel, Channels, Slice};
 use crate::ops::loops::prefetch::prefetch;
 use crate::ops::max_pool2d::windows::Windows;
 use crate::ops::output::{written, Parts};
@@ -135,7 +135,7 @@ impl<'a, T: Element> Tensors<'a, T> {
                     unpooled,
                     maxima,
                     #[inline(always)]
-                    |y, dy| if y <= T::default() { T::default() } else { dy },
+                    |y, dy| cut(y, T::default(), dy),
                 ),
             }
         }
