@@ -104,6 +104,7 @@ impl BatchNormOp {
             },
             given: Some((saved.get(0)?, saved.get(1)?)),
             saved: Arc::new(OnceLock::new()),
+            maxima: OnceLock::new(),
             ..*self
         };
         let values = x.apply_op3_no_bwd(second, third, &before_windows)?;

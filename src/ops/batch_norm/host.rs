@@ -1,8 +1,8 @@
 //! From candle's CPU storages to slices and back.
 
-use candle_core::{CpuStorage, Device, Result, Tensor, WithDType};
+use candle_core::{CpuStorage, Device, Result, Shape, Tensor, WithDType};
 
-use super::cpu::{self, Backward, Element, Forward};
+use super::cpu::{self, Backward, Element, Forward, Normalised};
 use super::op::{BackwardTensors, BatchNormOp, Operands, TensorGrads};
 use super::{Spec, Wants, NAME};
 use crate::ops::slices::{self, cpu_storage, dispatch, Operand};
@@ -13,23 +13,24 @@ impl<T: Element + WithDType> HostElement for T {}
 
 /// `y`, and the mean and variance that were used: F64 `[2, c]`.
 pub(super) fn forward(
-    spec: &Spec,
+    op: &BatchNormOp,
     operands: &Operands<CpuStorage>,
-    given: Option<&(Tensor, Tensor)>,
+    y_shape: &Shape,
 ) -> Result<(CpuStorage, Tensor)> {
     use candle_core::backend::BackendStorage;
     dispatch!(
         NAME,
         operands.x.0.dtype(),
-        forward_as(spec, operands, given)
+        forward_as(op, operands, y_shape)
     )
 }
 
 fn forward_as<T: HostElement>(
-    spec: &Spec,
+    op: &BatchNormOp,
     operands: &Operands<CpuStorage>,
-    given: Option<&(Tensor, Tensor)>,
+    y_shape: &Shape,
 ) -> Result<(CpuStorage, Tensor)> {
+    let (spec, given) = (&op.spec, op.given.as_ref());
     let given = given.map(|(mean, var)| [mean.storage_and_layout(), var.storage_and_layout()]);
     let given = match &given {
         None => None,
@@ -38,13 +39,17 @@ fn forward_as<T: HostElement>(
             slices::to_f64(NAME, cpu_storage(NAME, &var.0)?, var.1)?,
         ]),
     };
-    let (y, stats) = cpu::forward(&Forward {
+    let Normalised { y, stats, maxima } = cpu::forward(&Forward {
         spec,
         x: values::<T>(&operands.x)?,
         params: slices::params(NAME, &operands.weight, &operands.bias, spec.dims.c)?,
         residual: operands.residual.as_ref().map(values::<T>).transpose()?,
         given,
+        keeps_maxima: op.is_tracked,
     });
+    if let Some(maxima) = maxima {
+        op.maxima.get_or_init(|| slices::tensor(maxima, y_shape));
+    }
     let stats = Tensor::from_vec(stats, (2, spec.dims.c), &Device::Cpu)?;
     Ok((T::to_cpu_storage_owned(y), stats))
 }
@@ -87,11 +92,17 @@ fn backward_as<T: HostElement>(
         None => None,
         Some((y, layout)) => Some((cpu_storage(NAME, y)?, (*layout).clone())),
     };
+    let maxima = op.maxima.get().map(Tensor::storage_and_layout);
+    let maxima = match &maxima {
+        None => None,
+        Some((maxima, layout)) => Some((cpu_storage(NAME, maxima)?, (*layout).clone())),
+    };
     let grads = cpu::backward(&Backward {
         spec: &op.spec,
         x: values::<T>(&operands.x)?,
         dy: values::<T>(&(cpu_storage(NAME, &dy)?, dy_layout.clone()))?,
         y: y.as_ref().map(values::<T>).transpose()?,
+        maxima: maxima.as_ref().map(values::<T>).transpose()?,
         params: slices::params(NAME, &operands.weight, &operands.bias, op.spec.dims.c)?,
         saved: values::<f64>(&(cpu_storage(NAME, &saved)?, saved_layout.clone()))?,
         wants,

@@ -323,6 +323,11 @@ fn prepare(
         has_residual: args.residual.is_some(),
         given,
         saved: Arc::new(OnceLock::new()),
+        is_tracked: [Some(&x_kernel), second.as_ref(), third.as_ref()]
+            .into_iter()
+            .flatten()
+            .any(Tensor::track_op),
+        maxima: OnceLock::new(),
     };
     // In the place of an absent argument stands the input again: it is there, and never read.
     let second = second.unwrap_or_else(|| x_kernel.clone());

@@ -35,6 +35,10 @@ pub(super) struct BatchNormOp {
     pub given: Option<(Tensor, Tensor)>,
     /// The mean and variance of the forward pass, F64 `[2, c]`: set once, by it.
     pub saved: Arc<OnceLock<Tensor>>,
+    /// Whether there may be gradients.
+    pub is_tracked: bool,
+    /// For those, the pixels that became the output, if it is pooled here: set once, by the forward pass.
+    pub maxima: OnceLock<Tensor>,
 }
 
 /// The arguments by their role.
@@ -101,9 +105,12 @@ impl BatchNormOp {
             ..wants
         };
         if computed.dx || computed.dparams || computed.dresidual {
+            if self.spec.windows.is_some() && self.maxima.get().is_none() {
+                bail!("batch norm: the forward pass kept nothing for the gradients")
+            }
             let tensors = BackwardTensors {
                 args,
-                y: (self.has_residual && relu).then_some(y),
+                y: (relu && (self.has_residual || self.spec.windows.is_some())).then_some(y),
                 dy: &dy,
                 saved,
             };
@@ -180,9 +187,10 @@ impl CustomOp3 for BatchNormOp {
         l3: &Layout,
     ) -> Result<(CpuStorage, Shape)> {
         let operands = self.operands([(s1, l1), (s2, l2), (s3, l3)])?;
-        let (y, stats) = host::forward(&self.spec, &operands, self.given.as_ref())?;
+        let shape = self.output_shape(l1)?;
+        let (y, stats) = host::forward(self, &operands, &shape)?;
         self.save(stats)?;
-        Ok((y, self.output_shape(l1)?))
+        Ok((y, shape))
     }
 
     #[cfg(feature = "cuda")]

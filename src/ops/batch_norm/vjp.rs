@@ -65,7 +65,12 @@ pub fn batch_norm_vjp(
     };
     let x = for_gradients(x);
     let pooling = args.pooling(&x)?;
-    let Prepared { op, order, tensors } = prepare(&x, &args, dims, pooling, Normalise::Batch)?;
+    let Prepared {
+        mut op,
+        order,
+        tensors,
+    } = prepare(&x, &args, dims, pooling, Normalise::Batch)?;
+    op.is_tracked = true;
     let y_kernel = tensors[0].apply_op3_no_bwd(&tensors[1], &tensors[2], &op)?;
     let stats = BatchStats::new(statistics(&op.saved)?, dims.m());
     let normalised = order.out_of_kernel(&y_kernel, &x)?;

@@ -1,8 +1,11 @@
 //! The dtypes: how their values become numbers to compute with, and back.
 
 use std::mem::MaybeUninit;
+use std::ops::Range;
 
 use half::bf16;
+
+use crate::ops::output::written;
 
 /// A value of a tensor. Half precision is computed in `f32`, and sums are always in `f64`.
 pub(crate) trait Element: Copy + PartialOrd + Default + Send + Sync + 'static {
@@ -26,6 +29,58 @@ pub(crate) trait Element: Copy + PartialOrd + Default + Send + Sync + 'static {
         room: &mut Self::Room,
         real: impl Fn(usize) -> Self::Real,
     );
+    /// A number rounded to the dtype.
+    fn round(real: Self::Real) -> Self::Real;
+
+    /// At least the first `len` values as numbers to compute with; if they are something else, in `room`.
+    #[inline(always)]
+    fn reals<'a>(
+        values: &'a [Self],
+        len: usize,
+        room: &'a mut Vec<Self::Real>,
+    ) -> &'a [Self::Real] {
+        room.resize(len, Self::Real::ZERO);
+        let mut chunk_room = Self::ROOM;
+        for range in chunks::<Self>(len) {
+            let value = Self::load(&values[range.clone()], &mut chunk_room);
+            let to = &mut room[range];
+            for i in 0..to.len() {
+                to[i] = value(i);
+            }
+        }
+        room
+    }
+
+    /// Rounds the numbers that `write` writes to `to`.
+    ///
+    /// # Safety
+    /// `write` writes every number that it has room for.
+    #[inline(always)]
+    unsafe fn write_reals(
+        to: &mut [MaybeUninit<Self>],
+        room: &mut Vec<MaybeUninit<Self::Real>>,
+        write: impl FnOnce(&mut [MaybeUninit<Self::Real>]),
+    ) {
+        room.resize(to.len(), MaybeUninit::uninit());
+        write(room);
+        // SAFETY: the caller promises it.
+        let reals = unsafe { written(room) };
+        let mut chunk_room = Self::ROOM;
+        for range in chunks::<Self>(to.len()) {
+            let reals = &reals[range.clone()];
+            Self::store(&mut to[range], &mut chunk_room, |i| reals[i]);
+        }
+    }
+}
+
+/// The ranges of `len` values that are converted at once.
+#[inline(always)]
+pub(super) fn chunks<T: Element>(len: usize) -> impl Iterator<Item = Range<usize>> {
+    let starts = (0..len).step_by(T::CHUNK);
+    starts.map(
+        #[inline(always)]
+        move |start| start..start + T::CHUNK.min(len - start),
+    )
 }
 
 /// `f32` and `f64`, in which values are computed.
@@ -62,7 +117,7 @@ macro_rules! real {
 
 /// A dtype that is converted value by value, or not at all.
 macro_rules! element {
-    ($t:ty, $real:ty, $rounds_to_zero:expr, $to:expr, $from:expr) => {
+    ($t:ty, $real:ty, $rounds_to_zero:expr, $to:expr, $from:expr $(, $as_it_is:item)*) => {
         impl Element for $t {
             type Real = $real;
             const ROUNDS_TO_ZERO: $real = $rounds_to_zero;
@@ -85,14 +140,44 @@ macro_rules! element {
                     chunk[i].write($from(real(i)));
                 }
             }
+            #[inline(always)]
+            fn round(real: $real) -> $real {
+                $to($from(real))
+            }
+            $($as_it_is)*
         }
     };
 }
 
 real!(f32);
 real!(f64);
-element!(f32, f32, 0.0, |value| value, |real| real);
-element!(f64, f64, 0.0, |value| value, |real| real);
+/// A dtype that values are computed in.
+macro_rules! own_element {
+    ($t:ty) => {
+        element!(
+            $t,
+            $t,
+            0.0,
+            |value| value,
+            |real| real,
+            #[inline(always)]
+            fn reals<'a>(values: &'a [$t], _: usize, _: &'a mut Vec<$t>) -> &'a [$t] {
+                values
+            },
+            #[inline(always)]
+            unsafe fn write_reals(
+                to: &mut [MaybeUninit<$t>],
+                _: &mut Vec<MaybeUninit<$t>>,
+                write: impl FnOnce(&mut [MaybeUninit<$t>]),
+            ) {
+                write(to);
+            }
+        );
+    };
+}
+
+own_element!(f32);
+own_element!(f64);
 // Half of the smallest number above 0, here 2⁻¹³³ and below 2⁻²⁴: a tie, which goes to even.
 element!(bf16, f32, f32::from_bits(1 << 15), bf16_to_f32, f32_to_bf16);
 

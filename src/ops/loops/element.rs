@@ -3,7 +3,7 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::convert::{Element, Real};
+use super::convert::{chunks, Element, Real};
 use crate::ops::Activation;
 
 /// How a channel is normalised: `y = ((x - hi) - lo)·scale + shift`.
@@ -89,22 +89,12 @@ impl<C: Copy> Channels<C> for Same<C> {
 
 /// The rectifier, which lets NaN through: a NaN in is a NaN out, as in PyTorch.
 #[inline(always)]
-fn relu<A: Real>(v: A) -> A {
+pub(crate) fn relu<A: Real>(v: A) -> A {
     if v < A::ZERO {
         A::ZERO
     } else {
         v
     }
-}
-
-/// The ranges of `len` values that are converted at once.
-#[inline(always)]
-fn chunks<T: Element>(len: usize) -> impl Iterator<Item = Range<usize>> {
-    let starts = (0..len).step_by(T::CHUNK);
-    starts.map(
-        #[inline(always)]
-        move |start| start..start + T::CHUNK.min(len - start),
-    )
 }
 
 /// Writes `y` for one slice: `activation(normalise(x) + residual)`.

@@ -37,6 +37,10 @@ impl Element for f16 {
         // SAFETY: the loop has written every value.
         narrow(unsafe { written(reals) }, chunk);
     }
+    #[inline(always)]
+    fn round(real: f32) -> f32 {
+        f16_to_f32(f32_to_f16(real))
+    }
 }
 
 /// Enough to make little of what a chunk costs, and few enough to stay in the nearest cache.

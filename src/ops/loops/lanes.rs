@@ -9,44 +9,75 @@ use super::element::{Channel, Mask, Slice};
 pub(crate) const LANES: usize = 32;
 
 /// A sum in `f64`, added up in a fixed order.
-struct Sum([f64; LANES]);
+///
+/// The values of whole blocks and those of short ones are added up apart: were a loop of unknown length to add
+/// to the lanes of the others, those would be written by parts and read as a whole, for which a core has to wait.
+pub(crate) struct Sum {
+    whole: Lanes,
+    short: Lanes,
+}
+
+/// On cache lines: a register that is stored across two of them costs as much.
+#[repr(align(64))]
+struct Lanes([f64; LANES]);
 
 impl Sum {
     #[inline(always)]
-    fn new() -> Self {
-        Self([0.0; LANES])
+    pub fn new() -> Self {
+        Self {
+            whole: Lanes([0.0; LANES]),
+            short: Lanes([0.0; LANES]),
+        }
+    }
+
+    /// The lanes for a block of [`blocks`].
+    #[inline(always)]
+    pub fn lanes(&mut self, block: &Block) -> &mut [f64] {
+        if block.is_whole {
+            &mut self.whole.0
+        } else {
+            &mut self.short.0[..block.range.len()]
+        }
     }
 
     #[inline(always)]
-    fn total(self) -> f64 {
-        total(self.0)
-    }
-}
-
-/// The sum of all lanes.
-#[inline(always)]
-pub(crate) fn total(lanes: [f64; LANES]) -> f64 {
-    let mut eight = [0.0; 8];
-    for lanes in lanes.chunks_exact(8) {
-        for i in 0..8 {
-            eight[i] += lanes[i];
+    pub fn total(self) -> f64 {
+        let mut eight = [0.0; 8];
+        for Lanes(lanes) in [self.whole, self.short] {
+            for lanes in lanes.chunks_exact(8) {
+                for i in 0..8 {
+                    eight[i] += lanes[i];
+                }
+            }
         }
+        let [a, b, c, d, e, f, g, h] = eight;
+        ((a + b) + (c + d)) + ((e + f) + (g + h))
     }
-    let [a, b, c, d, e, f, g, h] = eight;
-    ((a + b) + (c + d)) + ((e + f) + (g + h))
 }
 
-/// Calls `f`, which has to be inlined, with the ranges of a slice of `len` values that are added up side by side:
-/// of `LANES` values, which the compiler then knows, and what is left.
+/// Values that are added up side by side.
+pub(crate) struct Block {
+    pub range: Range<usize>,
+    /// There are [`LANES`] of them, which the compiler then knows.
+    is_whole: bool,
+}
+
+/// Calls `f`, which has to be inlined, with the blocks of a slice of `len` values: whole ones, and what is left.
 #[inline(always)]
-pub(crate) fn blocks(len: usize, mut f: impl FnMut(Range<usize>)) {
+pub(crate) fn blocks(len: usize, mut f: impl FnMut(Block)) {
     let mut start = 0;
     while start + LANES <= len {
-        f(start..start + LANES);
+        f(Block {
+            range: start..start + LANES,
+            is_whole: true,
+        });
         start += LANES;
     }
     if start < len {
-        f(start..len);
+        f(Block {
+            range: start..len,
+            is_whole: false,
+        });
     }
 }
 
@@ -56,14 +87,17 @@ impl Sum {
     fn add<T: Element>(&mut self, values: &[T], f: impl Fn(f64) -> f64) {
         const { assert!(LANES <= T::CHUNK) };
         let mut room = T::ROOM;
-        // Not in `blocks`: the compiler writes out a loop over so few values with so little to do, one by one,
-        // before it thinks of wide registers.
-        for chunk in values.chunks(LANES) {
-            let (lanes, values) = (&mut self.0[..chunk.len()], T::load(chunk, &mut room));
-            for i in 0..chunk.len() {
-                lanes[i] += f(values(i).to_f64());
-            }
-        }
+        blocks(
+            values.len(),
+            #[inline(always)]
+            |block| {
+                let lanes = self.lanes(&block);
+                let values = T::load(&values[block.range], &mut room);
+                for i in 0..lanes.len() {
+                    lanes[i] += f(values(i).to_f64());
+                }
+            },
+        );
     }
 }
 
@@ -84,15 +118,14 @@ impl Distances {
 
     #[inline(always)]
     fn add<T: Element>(&mut self, values: &[T], pivot: f64) {
-        let (sums, squares, mut room) = (&mut self.sum.0, &mut self.squares.0, T::ROOM);
+        let mut room = T::ROOM;
         blocks(
             values.len(),
             #[inline(always)]
-            |range| {
-                let len = range.len();
-                let values = T::load(&values[range], &mut room);
-                let (sums, squares) = (&mut sums[..len], &mut squares[..len]);
-                for i in 0..len {
+            |block| {
+                let (sums, squares) = (self.sum.lanes(&block), self.squares.lanes(&block));
+                let values = T::load(&values[block.range], &mut room);
+                for i in 0..sums.len() {
                     let distance = values(i).to_f64() - pivot;
                     sums[i] += distance;
                     squares[i] += distance * distance;
@@ -180,15 +213,15 @@ impl GradSums {
         channel: &Channel<T::Real>,
         mean: f64,
     ) {
-        let (gs, gxs, mut rooms) = (&mut self.g.0, &mut self.gx.0, [T::ROOM; 3]);
+        let mut rooms = [T::ROOM; 3];
         blocks(
             slice.x.len(),
             #[inline(always)]
-            |range| {
-                let (len, values) = (range.len(), slice.part(range));
+            |block| {
+                let (gs, gxs) = (self.g.lanes(&block), self.gx.lanes(&block));
+                let values = slice.part(block.range);
                 let load = values.load::<M>(&mut rooms);
-                let (gs, gxs) = (&mut gs[..len], &mut gxs[..len]);
-                for i in 0..len {
+                for i in 0..gs.len() {
                     let (x, g) = load(i, channel);
                     gs[i] += g.to_f64();
                     gxs[i] += g.to_f64() * (x.to_f64() - mean);

@@ -28,12 +28,11 @@ pub(super) fn forward<T: WithDType + Default>(windows: &Windows, x: &[T]) -> Vec
         vectorised(
             #[inline(always)]
             || {
-                let mut scratch = Vec::new();
                 for plane in planes {
-                    let x = &x[plane * inputs..][..inputs];
+                    let x = &x[plane * inputs..];
                     // SAFETY: each plane is one task's.
                     let y = unsafe { parts.part(plane * outputs..(plane + 1) * outputs) };
-                    windows.forward(x, y, &mut scratch);
+                    windows.forward(x, y, None, |x| x, |y| y);
                 }
             },
         )
@@ -51,13 +50,12 @@ pub(super) fn backward<T: WithDType + Default>(windows: &Windows, x: &[T], dy: &
         vectorised(
             #[inline(always)]
             || {
-                let mut scratch = Vec::new();
                 for plane in planes {
-                    let x = &x[plane * inputs..][..inputs];
-                    let dy = &dy[plane * outputs..][..outputs];
+                    let x = &x[plane * inputs..];
+                    let dy = &dy[plane * outputs..];
                     // SAFETY: each plane is one task's.
                     let dx = unsafe { parts.part(plane * inputs..(plane + 1) * inputs) };
-                    windows.backward(x, dy, dx, &mut scratch, |_, dy| dy);
+                    windows.backward(x, dy, dx, |x| x, |_, dy| dy, |_, g| g);
                 }
             },
         )

@@ -1,119 +1,295 @@
-//! Windows of 2×2 in two steps: pairs of neighbours in a row, and then those above each other.
+//! Windows of 2×2, in blocks of neighbours: a loop over a block has a number of turns that the compiler
+//! knows, and becomes a few instructions on whole registers however short the rows are.
 //!
-//! Rows can be shorter than a register, so that all loops go over the whole plane; upper and lower
-//! rows are copied apart for that. The loops count and load before they choose: the compiler then
-//! has wide registers for them.
+//! A block at the end of a row goes on into the next one. What it writes there is written again when that
+//! row has its turn, and what it reads there is for nobody.
+
+// The loops go over several arrays side by side.
+#![allow(clippy::needless_range_loop)]
 
 use std::mem::MaybeUninit;
 
-use super::windows::{wins, zero, Pixel};
+use super::windows::{larger, Pixel, Windows};
 
-/// Writes the maximum of every window of `x`, an even number of rows of `w` pixels.
-#[inline(always)]
-pub(super) fn forward<T: Pixel>(x: &[T], w: usize, y: &mut [MaybeUninit<T>], scratch: &mut Vec<T>) {
-    let windows = y.len();
-    let [pairs, upper, lower] = room(scratch, windows);
-    maxima_of_pairs(x, w, pairs);
-    split(pairs, windows, w / 2, upper, lower);
-    for i in 0..windows {
-        let (upper, lower) = (upper[i], lower[i]);
-        y[i].write(if wins(lower, upper) { lower } else { upper });
-    }
-}
-
-/// Writes `gradient(maximum, dy)` of every window to its maximum, and 0 to all other pixels.
-#[inline(always)]
-pub(super) fn backward<T: Pixel>(
-    x: &[T],
-    w: usize,
-    dy: &[T],
-    dx: &mut [MaybeUninit<T>],
-    scratch: &mut Vec<T>,
-    gradient: impl Fn(T, T) -> T,
-) {
-    let windows = dy.len();
-    let [pairs, upper, lower] = room(scratch, windows);
-    maxima_of_pairs(x, w, pairs);
-    split(pairs, windows, w / 2, upper, lower);
-    // The gradients of the pairs take the place of their maxima.
-    for i in 0..windows {
-        let (above, below) = (upper[i], lower[i]);
-        let lower_wins = wins(below, above);
-        let dy = gradient(if lower_wins { below } else { above }, dy[i]);
-        upper[i] = if lower_wins { T::default() } else { dy };
-        lower[i] = if lower_wins { dy } else { T::default() };
-    }
-    join(upper, lower, windows, w / 2, pairs);
-    let (run, per_run) = runs(x.len(), w);
-    for index in 0..x.len() / run {
-        let (dx, rest) = dx[index * run..][..run].split_at_mut(2 * per_run);
-        let x = &x[index * run..][..2 * per_run];
-        let dy = &pairs[index * per_run..][..per_run];
-        for i in 0..per_run {
-            let (dy, right_wins) = (dy[i], wins(x[2 * i + 1], x[2 * i]));
-            dx[2 * i].write(if right_wins { T::default() } else { dy });
-            dx[2 * i + 1].write(if right_wins { dy } else { T::default() });
+/// Calls a method that is generic over the size of a block: its windows, and its pixels in a row.
+macro_rules! in_blocks {
+    ($self:ident.$method:ident($($arg:expr),*)) => {
+        match $self.0.ow() {
+            ..=8 => $self.$method::<_, 8, 16>($($arg),*),
+            _ => $self.$method::<_, 16, 32>($($arg),*),
         }
-        zero(rest);
+    };
+}
+
+/// [`Windows`] of two by two pixels, with the same methods.
+#[derive(Clone, Copy)]
+pub(super) struct Pairs<'a>(pub &'a Windows);
+
+impl Pairs<'_> {
+    #[inline(always)]
+    pub fn forward<V: Pixel>(
+        self,
+        x: &[V],
+        y: &mut [MaybeUninit<V>],
+        value: impl Fn(V) -> V,
+        finish: impl Fn(V) -> V,
+    ) {
+        in_blocks!(self.forward_by(x, y, value, finish));
+    }
+
+    #[inline(always)]
+    pub fn forward_with_maxima<V: Pixel>(
+        self,
+        x: &[V],
+        y: &mut [MaybeUninit<V>],
+        maxima: &mut [MaybeUninit<V>],
+        value: impl Fn(V) -> V,
+        finish: impl Fn(V) -> V,
+    ) {
+        in_blocks!(self.forward_with_maxima_by(x, y, maxima, value, finish));
+    }
+
+    #[inline(always)]
+    pub fn backward<V: Pixel>(
+        self,
+        x: &[V],
+        dy: &[V],
+        dx: &mut [MaybeUninit<V>],
+        value: impl Fn(V) -> V,
+        mask: impl Fn(V, V) -> V,
+        gradient: impl Fn(V, V) -> V,
+    ) {
+        in_blocks!(self.backward_by(x, dy, dx, value, mask, gradient));
+    }
+
+    #[inline(always)]
+    fn forward_by<V: Pixel, const N: usize, const P: usize>(
+        self,
+        x: &[V],
+        y: &mut [MaybeUninit<V>],
+        value: impl Fn(V) -> V,
+        finish: impl Fn(V) -> V,
+    ) {
+        let mut rooms = [[V::default(); P]; 2];
+        self.for_blocks::<N>(
+            #[inline(always)]
+            |pixel, window| {
+                let rows = self.rows(x, pixel, &mut rooms);
+                put(y, window, &maxima::<V, N, P>(rows, &value, &finish));
+            },
+        );
+    }
+
+    #[inline(always)]
+    fn forward_with_maxima_by<V: Pixel, const N: usize, const P: usize>(
+        self,
+        x: &[V],
+        y: &mut [MaybeUninit<V>],
+        maxima: &mut [MaybeUninit<V>],
+        value: impl Fn(V) -> V,
+        finish: impl Fn(V) -> V,
+    ) {
+        let mut rooms = [[V::default(); P]; 2];
+        self.for_blocks::<N>(
+            #[inline(always)]
+            |pixel, window| {
+                let rows = self.rows(x, pixel, &mut rooms);
+                let [values, pixels] = with_maxima::<V, N, P>(rows, &value, &finish);
+                put(y, window, &values);
+                put(maxima, window, &pixels);
+            },
+        );
+    }
+
+    #[inline(always)]
+    fn backward_by<V: Pixel, const N: usize, const P: usize>(
+        self,
+        x: &[V],
+        dy: &[V],
+        dx: &mut [MaybeUninit<V>],
+        value: impl Fn(V) -> V,
+        mask: impl Fn(V, V) -> V,
+        gradient: impl Fn(V, V) -> V,
+    ) {
+        let w = self.0.w;
+        let (mut rooms, mut dy_room) = ([[V::default(); P]; 2], [V::default(); N]);
+        self.for_blocks::<N>(
+            #[inline(always)]
+            |pixel, window| {
+                let rows = self.rows(x, pixel, &mut rooms);
+                let dy = block(dy, window, &mut dy_room);
+                let [upper, lower] = gradients::<V, N, P>(rows, dy, &value, &mask, &gradient);
+                put(dx, pixel, &upper);
+                put(dx, pixel + w, &lower);
+            },
+        );
+        if w % 2 == 1 {
+            for row in 0..2 * self.0.oh() {
+                let last = row * w + w - 1;
+                dx[last].write(gradient(x[last], V::default()));
+            }
+        }
+    }
+
+    /// Calls `f` with the first pixel and the window of every block, such that each row of pixels and of windows
+    /// is written after all that go on into it.
+    #[inline(always)]
+    fn for_blocks<const N: usize>(self, mut f: impl FnMut(usize, usize)) {
+        let (w, ow) = (self.0.w, self.0.ow());
+        for row in 0..self.0.oh() {
+            let mut start = (ow - 1) / N * N;
+            loop {
+                f(2 * (row * w + start), row * ow + start);
+                if start == 0 {
+                    break;
+                }
+                start -= N;
+            }
+        }
+    }
+
+    /// The pixels of a block in the row of `pixel` and in the next.
+    #[inline(always)]
+    fn rows<'a, V: Pixel, const P: usize>(
+        self,
+        x: &'a [V],
+        pixel: usize,
+        [upper, lower]: &'a mut [[V; P]; 2],
+    ) -> [&'a [V; P]; 2] {
+        [block(x, pixel, upper), block(x, pixel + self.0.w, lower)]
     }
 }
 
-/// Values that are copied together: a register or two.
-const WIDE: usize = 16;
-
-/// Room for the two pairs of every window, in the order of the rows, and once more: upper ones, lower
-/// ones. [`copy`] may write and read beyond the end of each.
+/// The values from `start` on; behind the last one anything.
 #[inline(always)]
-fn room<T: Pixel>(scratch: &mut Vec<T>, windows: usize) -> [&mut [T]; 3] {
-    scratch.resize(4 * windows + 3 * WIDE, T::default());
-    let (pairs, rows) = scratch.split_at_mut(2 * windows + WIDE);
-    let (upper, lower) = rows.split_at_mut(windows + WIDE);
-    [pairs, upper, lower]
-}
-
-/// Copies `len` values, and what follows them up to a whole number of registers: the rows of a plane
-/// are too short for a call.
-#[inline(always)]
-fn copy<T: Pixel>(from: &[T], to: &mut [T], len: usize) {
-    for at in (0..len).step_by(WIDE) {
-        to[at..at + WIDE].copy_from_slice(&from[at..at + WIDE]);
-    }
-}
-
-/// The pixels that can be gone through in one run, and the pairs in it: all of them, but a row at a
-/// time where its last pixel belongs to no pair.
-fn runs(pixels: usize, w: usize) -> (usize, usize) {
-    let run = if w.is_multiple_of(2) { pixels } else { w };
-    (run, run / 2)
-}
-
-#[inline(always)]
-fn maxima_of_pairs<T: Pixel>(x: &[T], w: usize, maxima: &mut [T]) {
-    let (run, per_run) = runs(x.len(), w);
-    for index in 0..x.len() / run {
-        let x = &x[index * run..][..2 * per_run];
-        let maxima = &mut maxima[index * per_run..][..per_run];
-        for i in 0..per_run {
-            let (left, right) = (x[2 * i], x[2 * i + 1]);
-            maxima[i] = if wins(right, left) { right } else { left };
+fn block<'a, V: Pixel, const N: usize>(
+    values: &'a [V],
+    start: usize,
+    room: &'a mut [V; N],
+) -> &'a [V; N] {
+    let values = &values[start..];
+    match values.first_chunk() {
+        Some(block) => block,
+        None => {
+            room[..values.len()].copy_from_slice(values);
+            room
         }
     }
 }
 
-/// Copies rows of `len` of two for each of `windows`, in turns to `upper` and to `lower`.
+/// Writes the values from `start` on, as far as there is room.
 #[inline(always)]
-fn split<T: Pixel>(rows: &[T], windows: usize, len: usize, upper: &mut [T], lower: &mut [T]) {
-    for start in (0..windows).step_by(len) {
-        copy(&rows[2 * start..], &mut upper[start..], len);
-        copy(&rows[2 * start + len..], &mut lower[start..], len);
+fn put<V: Pixel, const N: usize>(to: &mut [MaybeUninit<V>], start: usize, values: &[V; N]) {
+    #[inline(always)]
+    fn copy<V: Pixel>(to: &mut [MaybeUninit<V>], values: &[V]) {
+        for (to, value) in to.iter_mut().zip(values) {
+            to.write(*value);
+        }
+    }
+    let to = &mut to[start..];
+    match to.first_chunk_mut::<N>() {
+        Some(to) => copy(to, values),
+        None => copy(to, values),
     }
 }
 
-/// The way back.
 #[inline(always)]
-fn join<T: Pixel>(upper: &[T], lower: &[T], windows: usize, len: usize, rows: &mut [T]) {
-    for start in (0..windows).step_by(len) {
-        copy(&upper[start..], &mut rows[2 * start..], len);
-        copy(&lower[start..], &mut rows[2 * start + len..], len);
+fn maxima<V: Pixel, const N: usize, const P: usize>(
+    rows: [&[V; P]; 2],
+    value: impl Fn(V) -> V,
+    finish: impl Fn(V) -> V,
+) -> [V; N] {
+    let mut maxima = [V::default(); N];
+    for i in 0..N {
+        maxima[i] = finish(Largest::of(i, rows, &value).value);
+    }
+    maxima
+}
+
+#[inline(always)]
+fn with_maxima<V: Pixel, const N: usize, const P: usize>(
+    rows: [&[V; P]; 2],
+    value: impl Fn(V) -> V,
+    finish: impl Fn(V) -> V,
+) -> [[V; N]; 2] {
+    let mut maxima = [[V::default(); N]; 2];
+    for i in 0..N {
+        let largest = Largest::of(i, rows, &value);
+        maxima[0][i] = finish(largest.value);
+        maxima[1][i] = largest.pixel(i, rows);
+    }
+    maxima
+}
+
+#[inline(always)]
+fn gradients<V: Pixel, const N: usize, const P: usize>(
+    rows: [&[V; P]; 2],
+    dy: &[V; N],
+    value: impl Fn(V) -> V,
+    mask: impl Fn(V, V) -> V,
+    gradient: impl Fn(V, V) -> V,
+) -> [[V; P]; 2] {
+    let [upper, lower] = rows;
+    let mut dx = [[V::default(); P]; 2];
+    for i in 0..N {
+        let largest = Largest::of(i, rows, &value);
+        let dy = mask(largest.value, dy[i]);
+        let (dupper, dlower) = for_one_of_two(largest.is_lower, dy);
+        let (left, right) = for_one_of_two(largest.upper_is_right, dupper);
+        dx[0][2 * i] = gradient(upper[2 * i], left);
+        dx[0][2 * i + 1] = gradient(upper[2 * i + 1], right);
+        let (left, right) = for_one_of_two(largest.lower_is_right, dlower);
+        dx[1][2 * i] = gradient(lower[2 * i], left);
+        dx[1][2 * i + 1] = gradient(lower[2 * i + 1], right);
+    }
+    dx
+}
+
+/// The maximum of a window, and where it is.
+struct Largest<V> {
+    value: V,
+    upper_is_right: bool,
+    lower_is_right: bool,
+    is_lower: bool,
+}
+
+impl<V: Pixel> Largest<V> {
+    /// Of window `i` of a block.
+    #[inline(always)]
+    fn of<const P: usize>(i: usize, [upper, lower]: [&[V; P]; 2], value: impl Fn(V) -> V) -> Self {
+        let of_pair = |row: &[V; P]| larger(value(row[2 * i]), value(row[2 * i + 1]));
+        let (upper, upper_is_right) = of_pair(upper);
+        let (lower, lower_is_right) = of_pair(lower);
+        let (value, is_lower) = larger(upper, lower);
+        Self {
+            value,
+            upper_is_right,
+            lower_is_right,
+            is_lower,
+        }
+    }
+
+    /// The pixel whose value it is.
+    #[inline(always)]
+    fn pixel<const P: usize>(&self, i: usize, rows: [&[V; P]; 2]) -> V {
+        // All are loaded before one is chosen: the compiler then has wide registers for it.
+        let [[a, b], [c, d]] = rows.map(|row| [row[2 * i], row[2 * i + 1]]);
+        let upper = if self.upper_is_right { b } else { a };
+        let lower = if self.lower_is_right { d } else { c };
+        if self.is_lower {
+            lower
+        } else {
+            upper
+        }
+    }
+}
+
+/// A gradient for one of two, and 0 for the other.
+#[inline(always)]
+fn for_one_of_two<V: Pixel>(is_second: bool, dy: V) -> (V, V) {
+    if is_second {
+        (V::default(), dy)
+    } else {
+        (dy, V::default())
     }
 }

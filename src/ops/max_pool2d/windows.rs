@@ -2,7 +2,7 @@
 
 use std::mem::MaybeUninit;
 
-use super::pairs;
+use super::pairs::Pairs;
 
 /// Square windows that lie side by side on a plane of `h` by `w` pixels.
 #[derive(Debug, Clone, Copy)]
@@ -35,75 +35,80 @@ impl Windows {
         self.oh() * self.ow()
     }
 
-    /// Writes the maximum of every window of the plane `x` to `y`. `scratch` is overwritten.
+    /// Writes `finish(the largest value)` of every window to `y`, where `value` is that of a pixel of the plane
+    /// `x`, and the pixel with that value to `maxima`. (What follows the plane in `x` is no part of it; it may be read, and is not used.)
     #[inline(always)]
-    pub fn forward<T: Pixel>(&self, x: &[T], y: &mut [MaybeUninit<T>], scratch: &mut Vec<T>) {
-        if self.kernel == 2 {
-            return pairs::forward(&x[..2 * self.oh() * self.w], self.w, y, scratch);
-        }
-        let rows = x.chunks_exact(self.kernel * self.w);
-        for (x, y) in rows.zip(y.chunks_exact_mut(self.ow())) {
-            for (j, y) in y.iter_mut().enumerate() {
-                y.write(x[self.largest(x, j)]);
-            }
-        }
-    }
-
-    /// Writes all of `dx`: `gradient(maximum, dy)` of a window to its maximum, 0 to the other pixels.
-    /// `scratch` is overwritten.
-    #[inline(always)]
-    pub fn backward<T: Pixel>(
+    pub fn forward<V: Pixel>(
         &self,
-        x: &[T],
-        dy: &[T],
-        dx: &mut [MaybeUninit<T>],
-        scratch: &mut Vec<T>,
-        gradient: impl Fn(T, T) -> T,
+        x: &[V],
+        y: &mut [MaybeUninit<V>],
+        maxima: Option<&mut [MaybeUninit<V>]>,
+        value: impl Fn(V) -> V,
+        finish: impl Fn(V) -> V,
     ) {
-        let (dx, rest) = dx.split_at_mut(self.oh() * self.kernel * self.w);
-        zero(rest);
         if self.kernel == 2 {
-            return pairs::backward(&x[..dx.len()], self.w, dy, dx, scratch, gradient);
+            return match maxima {
+                None => Pairs(self).forward(x, y, value, finish),
+                Some(maxima) => Pairs(self).forward_with_maxima(x, y, maxima, value, finish),
+            };
         }
-        let rows = x.chunks_exact(self.kernel * self.w);
-        let rows = rows
-            .zip(dx.chunks_exact_mut(self.kernel * self.w))
-            .zip(dy.chunks_exact(self.ow()));
-        for ((x, dx), dy) in rows {
-            zero(dx);
-            for (j, &dy) in dy.iter().enumerate() {
-                let at = self.largest(x, j);
-                dx[at].write(gradient(x[at], dy));
+        let mut maxima = maxima;
+        for (window, y) in y.iter_mut().enumerate() {
+            let (at, largest) = self.largest(x, window, &value);
+            y.write(finish(largest));
+            if let Some(maxima) = &mut maxima {
+                maxima[window].write(x[at]);
             }
         }
     }
 
-    /// Where the maximum of window `j` is in the rows of its windows.
-    fn largest<T: Pixel>(&self, rows: &[T], j: usize) -> usize {
-        let start = j * self.kernel;
-        let mut at = start;
+    /// Writes all of `dx`: `gradient(pixel, g)`, where `g` is `mask(the largest value, dy)` of its window for the
+    /// pixel with that value, and 0 for all others.
+    #[inline(always)]
+    pub fn backward<V: Pixel>(
+        &self,
+        x: &[V],
+        dy: &[V],
+        dx: &mut [MaybeUninit<V>],
+        value: impl Fn(V) -> V,
+        mask: impl Fn(V, V) -> V,
+        gradient: impl Fn(V, V) -> V,
+    ) {
+        let windowed = 2 * self.oh() * self.w;
+        let is_done = if self.kernel == 2 { windowed } else { 0 };
+        for (dx, &x) in dx.iter_mut().zip(x).skip(is_done) {
+            dx.write(gradient(x, V::default()));
+        }
+        if self.kernel == 2 {
+            return Pairs(self).backward(x, dy, &mut dx[..windowed], value, mask, gradient);
+        }
+        for (window, &dy) in dy.iter().enumerate().take(self.outputs()) {
+            let (at, largest) = self.largest(x, window, &value);
+            dx[at].write(gradient(x[at], mask(largest, dy)));
+        }
+    }
+
+    /// The pixel of a window with the largest value, and that.
+    fn largest<V: Pixel>(&self, x: &[V], window: usize, value: impl Fn(V) -> V) -> (usize, V) {
+        let (row, column) = (window / self.ow(), window % self.ow());
+        let start = (row * self.w + column) * self.kernel;
+        let mut found = (start, value(x[start]));
         for row in 0..self.kernel {
-            for index in row * self.w + start..row * self.w + start + self.kernel {
-                if wins(rows[index], rows[at]) {
-                    at = index;
-                }
+            let first = start + row * self.w;
+            for (at, &pixel) in (first..).zip(&x[first..first + self.kernel]) {
+                let (largest, is_here) = larger(found.1, value(pixel));
+                found = (if is_here { at } else { found.0 }, largest);
             }
         }
-        at
+        found
     }
 }
 
+/// The larger of two values, the first of equal ones and the last NaN, and whether it is the second.
 #[inline(always)]
-pub(super) fn zero<T: Pixel>(values: &mut [MaybeUninit<T>]) {
-    for value in values {
-        value.write(T::default());
-    }
-}
-
-/// Whether a value takes the place of the largest before it.
-#[inline(always)]
-pub(super) fn wins<T: Pixel>(value: T, largest: T) -> bool {
+pub(super) fn larger<V: Pixel>(first: V, second: V) -> (V, bool) {
     #[expect(clippy::eq_op)] // a NaN
-    let is_nan = value != value;
-    (value > largest) | is_nan
+    let is_nan = second != second;
+    let is_second = (second > first) | is_nan;
+    (if is_second { second } else { first }, is_second)
 }

@@ -4,8 +4,8 @@
 use std::ops::Range;
 
 use super::passes::{Summing, Tiling};
-use super::pooling::Tensors;
 use super::rows::{ChannelRow, GradRow, Pair};
+use super::Backward;
 use crate::ops::loops::convert::{Element, Real};
 use crate::ops::loops::element::{Channel, ChannelGrad, Channels, Mask, Slice};
 use crate::ops::loops::lanes::spread;
@@ -194,12 +194,12 @@ impl Summing for Columns {
     #[inline(always)]
     fn grad_sums<T: Element, M: Mask<T>>(
         &self,
-        tensors: Tensors<T>,
+        job: &Backward<T>,
         tile: Tile,
         channels: &ChannelRow<Self, T::Real>,
     ) -> Pair<Vec<f64>> {
         let stride = self.dims.c * self.dims.s;
-        let tensors = tensors.whole().part(self.extent(tile));
+        let tensors = job.tensors().part(self.extent(tile));
         let len = self.columns(tile.group).len();
         let (mut gs, mut gxs) = (self.row(len), self.row(len));
         self.strips(

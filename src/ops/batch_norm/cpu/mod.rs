@@ -10,6 +10,7 @@
 #![allow(clippy::needless_range_loop)]
 
 mod columns;
+mod outputs;
 mod passes;
 mod planes;
 mod pooling;
@@ -17,10 +18,10 @@ mod rows;
 
 use super::{Activation, Spec, Wants};
 use columns::Columns;
-use planes::{InOrder, Planes};
+use planes::{InOrder, Planes, PooledPlanes};
 
 pub(crate) use crate::ops::loops::convert::Element;
-use crate::ops::loops::element::{FromInput, FromOutput, Mask, NoMask};
+use crate::ops::loops::element::{FromInput, FromOutput, Mask, NoMask, Slice};
 use crate::ops::loops::{Params, PLANE};
 
 /// Input of [`forward`]. All tensors are contiguous, `x` and `residual` are `[n, c, s]`.
@@ -31,6 +32,18 @@ pub(crate) struct Forward<'a, T> {
     pub residual: Option<&'a [T]>,
     /// Mean and variance to normalise with; without them, those of `x`.
     pub given: Option<[Vec<f64>; 2]>,
+    /// Whether the gradients will be asked for: where the output is pooled, they need its pixels.
+    pub keeps_maxima: bool,
+}
+
+/// What becomes of [`Forward`].
+pub(crate) struct Normalised<T> {
+    /// `[n, c, s]`, or with the windows of each plane.
+    pub y: Vec<T>,
+    /// The mean and the (biased) variance that were used, `[2, c]`.
+    pub stats: Vec<f64>,
+    /// The pixels of `x` that became `y`, where it is pooled and they are to be kept.
+    pub maxima: Option<Vec<T>>,
 }
 
 /// Input of [`backward`]. All tensors are contiguous, `x` and `y` are `[n, c, s]`, and so is `dy` but
@@ -41,10 +54,25 @@ pub(crate) struct Backward<'a, T> {
     pub dy: &'a [T],
     /// The output, from which the ReLU's mask is read. Without it the mask is computed from `x`.
     pub y: Option<&'a [T]>,
+    /// The pixels of `x` that became the output, where that is pooled.
+    pub maxima: Option<&'a [T]>,
     pub params: Params,
     /// Mean and variance that the forward pass used, `[2, c]`.
     pub saved: &'a [f64],
     pub wants: Wants,
+}
+
+impl<'a, T> Backward<'a, T> {
+    /// What is summed up; where the output is pooled, of the maxima: no other pixel has a gradient before the
+    /// normalisation.
+    fn tensors(&self) -> Slice<'a, T> {
+        let x = self.maxima.unwrap_or(self.x);
+        Slice {
+            x,
+            dy: self.dy,
+            y: self.y.unwrap_or(x),
+        }
+    }
 }
 
 /// The gradients that were asked for; `dparams` is `[2, c]`: of the weight, then of the bias.
@@ -54,17 +82,17 @@ pub(crate) struct Grads<T> {
     pub dresidual: Option<Vec<T>>,
 }
 
-/// The output, `[n, c, s]` or with the windows of each plane, and the mean and the (biased) variance that were used, `[2, c]`.
-pub(crate) fn forward<T: Element>(job: &Forward<T>) -> (Vec<T>, Vec<f64>) {
+/// The output, with given statistics or with those of `x`.
+pub(crate) fn forward<T: Element>(job: &Forward<T>) -> Normalised<T> {
     let spec = job.spec;
-    match (&job.given, as_columns(spec)) {
-        (None, true) => passes::forward_training(&Columns::new(spec.dims), job),
-        (None, false) => passes::forward_training(&Planes::new(spec), job),
-        (Some(given), true) => passes::forward_given(&Columns::new(spec.dims), job, given),
-        (Some(given), false) if spec.windows.is_some() => {
-            passes::forward_given(&Planes::new(spec), job, given)
-        }
-        (Some(given), false) => passes::forward_given(&InOrder(spec.dims), job, given),
+    let (is_pooled, as_columns) = (spec.windows.is_some(), as_columns(spec));
+    match &job.given {
+        None if is_pooled => passes::forward_training(&PooledPlanes::new(spec), job),
+        None if as_columns => passes::forward_training(&Columns::new(spec.dims), job),
+        None => passes::forward_training(&Planes::new(spec), job),
+        Some(given) if is_pooled => passes::forward_given(&PooledPlanes::new(spec), job, given),
+        Some(given) if as_columns => passes::forward_given(&Columns::new(spec.dims), job, given),
+        Some(given) => passes::forward_given(&InOrder(spec.dims), job, given),
     }
 }
 
@@ -83,8 +111,6 @@ fn as_columns(spec: &Spec) -> bool {
 /// The gradients of [`forward`].
 pub(crate) fn backward<T: Element>(job: &Backward<T>) -> Grads<T> {
     match (job.spec.activation, job.y) {
-        // Only of the maxima is the ReLU's mask needed: it comes with the pooling.
-        _ if job.spec.windows.is_some() => backward_masked::<_, NoMask>(job),
         (Activation::Identity, _) => backward_masked::<_, NoMask>(job),
         (Activation::Relu, None) => backward_masked::<_, FromInput>(job),
         (Activation::Relu, Some(_)) => backward_masked::<_, FromOutput>(job),
@@ -92,8 +118,12 @@ pub(crate) fn backward<T: Element>(job: &Backward<T>) -> Grads<T> {
 }
 
 fn backward_masked<T: Element, M: Mask<T>>(job: &Backward<T>) -> Grads<T> {
-    match as_columns(job.spec) {
-        true => passes::backward::<_, T, M>(&Columns::new(job.spec.dims), job),
-        false => passes::backward::<_, T, M>(&Planes::new(job.spec), job),
+    let spec = job.spec;
+    if spec.windows.is_some() {
+        passes::backward::<_, T, M>(&PooledPlanes::new(spec), job)
+    } else if as_columns(spec) {
+        passes::backward::<_, T, M>(&Columns::new(spec.dims), job)
+    } else {
+        passes::backward::<_, T, M>(&Planes::new(spec), job)
     }
 }

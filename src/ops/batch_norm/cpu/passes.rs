@@ -2,14 +2,14 @@
 
 use std::ops::Range;
 
-use super::pooling::{outputs, Scratch, Tensors, Unpooled};
+use super::outputs::{GradParts, Unfinished, YParts};
 use super::rows::{by_channel, channel_row, copy, grad_row, merge_moments};
 use super::rows::{ChannelRow, GradRow, Pair};
-use super::{Backward, Forward, Grads, Params, Spec};
+use super::{Backward, Forward, Grads, Normalised, Params, Spec};
 use crate::ops::loops::convert::{Element, Real};
 use crate::ops::loops::element::{write_y, Channel, ChannelGrad, Channels, Mask};
 use crate::ops::loops::sweep::{Division, Tile};
-use crate::ops::output::{Output, Parts};
+use crate::ops::output::Output;
 use crate::ops::parallel;
 use crate::ops::slices::vectorised;
 
@@ -30,6 +30,18 @@ pub(super) trait Tiling: Sync + Sized {
     fn runs(&self, tile: Tile) -> impl Iterator<Item = (Range<usize>, usize)>;
     /// What belongs to the values of a run.
     fn at<'a, A: Real>(&self, row: &'a ChannelRow<Self, A>, run: usize) -> Self::Channels<'a, A>;
+
+    /// Writes the output of a tile.
+    #[inline(always)]
+    fn write_y<T: Element>(
+        &self,
+        job: &Forward<T>,
+        tile: Tile,
+        row: &ChannelRow<Self, T::Real>,
+        to: YParts<T>,
+    ) {
+        plain_y(self, job, tile, row, to);
+    }
 }
 
 /// A [`Tiling`] whose parts can be summed up, channel by channel.
@@ -45,20 +57,78 @@ pub(super) trait Summing: Tiling {
     /// `Σg` and `Σ(g·(x - mean))` over a tile.
     fn grad_sums<T: Element, M: Mask<T>>(
         &self,
-        tensors: Tensors<T>,
+        job: &Backward<T>,
         tile: Tile,
         channels: &ChannelRow<Self, T::Real>,
     ) -> Pair<Self::Row<f64>>;
     fn grad_at<'a, A: Real>(&self, row: &'a GradRow<Self, A>) -> Self::Grads<'a, A>;
+
+    /// Writes the gradients of a tile.
+    #[inline(always)]
+    fn write_grads<T: Element, M: Mask<T>>(
+        &self,
+        job: &Backward<T>,
+        tile: Tile,
+        row: &ChannelRow<Self, T::Real>,
+        grads: &GradRow<Self, T::Real>,
+        to: GradParts<T>,
+    ) {
+        plain_grads::<_, T, M>(self, job, tile, row, grads, to);
+    }
 }
 
-/// The forward pass with the statistics of the batch; gives them too, `[2, c]`.
+#[inline(always)]
+pub(super) fn plain_y<L: Tiling, T: Element>(
+    tiling: &L,
+    job: &Forward<T>,
+    tile: Tile,
+    row: &ChannelRow<L, T::Real>,
+    to: YParts<T>,
+) {
+    for (run, at) in tiling.runs(tile) {
+        let channels = tiling.at(row, at);
+        let residual = job.residual.map(|residual| &residual[run.clone()]);
+        // SAFETY: no two runs of any two tiles overlap.
+        let y = unsafe { to.y.part(run.clone()) };
+        write_y(y, &job.x[run], residual, channels, job.spec.activation);
+    }
+}
+
+#[inline(always)]
+pub(super) fn plain_grads<L: Summing, T: Element, M: Mask<T>>(
+    tiling: &L,
+    job: &Backward<T>,
+    tile: Tile,
+    row: &ChannelRow<L, T::Real>,
+    grads: &GradRow<L, T::Real>,
+    to: GradParts<T>,
+) {
+    let tensors = job.tensors();
+    for (run, at) in tiling.runs(tile) {
+        let (channels, slice) = (tiling.at(row, at), tensors.part(run.clone()));
+        if let Some(dx) = to.dx {
+            // SAFETY: no two runs of any two tiles overlap.
+            let dx = unsafe { dx.part(run.clone()) };
+            if job.spec.training {
+                slice.write_dx_training::<M>(dx, channels, tiling.grad_at(grads));
+            } else {
+                slice.write_dx_given::<M>(dx, channels);
+            }
+        }
+        if let Some(dresidual) = to.dresidual {
+            // SAFETY: as for `dx`.
+            slice.write_g::<M>(unsafe { dresidual.part(run) }, channels);
+        }
+    }
+}
+
+/// The forward pass with the statistics of the batch.
 pub(super) fn forward_training<L: Summing, T: Element>(
     tiling: &L,
     job: &Forward<T>,
-) -> (Vec<T>, Vec<f64>) {
-    let mut y = Output::new(job.spec.outputs());
-    let y_parts = y.parts();
+) -> Normalised<T> {
+    let mut output = Unfinished::new(job);
+    let to = output.parts();
     let groups = tiling.division().sweep(
         |tile| {
             vectorised(
@@ -81,11 +151,11 @@ pub(super) fn forward_training<L: Summing, T: Element>(
                 },
             )
         },
-        |tile, row| write_tile(tiling, tile, row, job, y_parts),
+        |tile, row| write_tile(tiling, tile, row, job, to),
     );
     let saved = by_channel(tiling, &groups, |row| [row.mean.as_ref(), row.var.as_ref()]);
     // SAFETY: the runs of all tiles make up the whole tensor, or all of its planes with their windows.
-    (unsafe { y.finish() }, saved)
+    unsafe { output.finish(saved) }
 }
 
 /// The statistics of the batch alone, `[2, c]`.
@@ -110,9 +180,9 @@ pub(super) fn forward_given<L: Tiling, T: Element>(
     tiling: &L,
     job: &Forward<T>,
     [mean, var]: &[Vec<f64>; 2],
-) -> (Vec<T>, Vec<f64>) {
-    let mut y = Output::new(job.spec.outputs());
-    let y_parts = y.parts();
+) -> Normalised<T> {
+    let mut output = Unfinished::new(job);
+    let to = output.parts();
     let Division {
         groups,
         parts,
@@ -121,10 +191,10 @@ pub(super) fn forward_given<L: Tiling, T: Element>(
     let rows = given_rows(tiling, job.spec, &job.params, mean, var);
     parallel::for_each(groups * parts, values, |index| {
         let (group, part) = (index / parts, index % parts);
-        write_tile(tiling, Tile { group, part }, &rows[group], job, y_parts);
+        write_tile(tiling, Tile { group, part }, &rows[group], job, to);
     });
     // SAFETY: the runs of all tiles make up the whole tensor, or all of its planes with their windows.
-    (unsafe { y.finish() }, [mean.as_slice(), var].concat())
+    unsafe { output.finish([mean.as_slice(), var].concat()) }
 }
 
 /// What is done with the values of each group, for known statistics.
@@ -149,34 +219,16 @@ fn given_rows<L: Tiling, A: Real>(
     })
 }
 
-/// Writes the output of a tile.
 fn write_tile<L: Tiling, T: Element>(
     tiling: &L,
     tile: Tile,
     row: &ChannelRow<L, T::Real>,
     job: &Forward<T>,
-    y: Parts<T>,
+    to: YParts<T>,
 ) {
     vectorised(
         #[inline(always)]
-        || {
-            let (mut planes, mut maxima) = (Scratch::new(), Vec::new());
-            for (run, at) in tiling.runs(tile) {
-                let channels = tiling.at(row, at);
-                let Some(windows) = &job.spec.windows else {
-                    let residual = job.residual.map(|residual| &residual[run.clone()]);
-                    // SAFETY: no two runs of any two tiles overlap.
-                    let y = unsafe { y.part(run.clone()) };
-                    write_y(y, &job.x[run], residual, channels, job.spec.activation);
-                    continue;
-                };
-                // SAFETY: each run is a plane of its own, and so is its output.
-                let y = unsafe { y.part(outputs(windows, &run)) };
-                let x = &job.x[run];
-                let before = planes.output(x, channels, job.spec.activation);
-                windows.forward(before, y, &mut maxima);
-            }
-        },
+        || tiling.write_y(job, tile, row, to),
     )
 }
 
@@ -188,8 +240,10 @@ pub(super) fn backward<L: Summing, T: Element, M: Mask<T>>(
     let numel = spec.dims.numel();
     let mut dx = wants.dx.then(|| Output::new(numel));
     let mut dresidual = wants.dresidual.then(|| Output::new(numel));
-    let dx_parts = dx.as_mut().map(Output::parts);
-    let dresidual_parts = dresidual.as_mut().map(Output::parts);
+    let to = GradParts {
+        dx: dx.as_mut().map(Output::parts),
+        dresidual: dresidual.as_mut().map(Output::parts),
+    };
     let (means, vars) = job.saved.split_at(spec.dims.c);
     let division = tiling.division();
     let rows = given_rows(tiling, spec, &job.params, means, vars);
@@ -199,12 +253,7 @@ pub(super) fn backward<L: Summing, T: Element, M: Mask<T>>(
             wants_sums.then(|| {
                 vectorised(
                     #[inline(always)]
-                    || {
-                        let kept = dx_parts.map_or(Unpooled::Once, Unpooled::Keep);
-                        // SAFETY: no two runs of any two tiles overlap.
-                        let tensors = unsafe { Tensors::new(job, kept) };
-                        tiling.grad_sums::<T, M>(tensors, tile, &rows[tile.group])
-                    },
+                    || tiling.grad_sums::<T, M>(job, tile, &rows[tile.group]),
                 )
             })
         },
@@ -215,37 +264,12 @@ pub(super) fn backward<L: Summing, T: Element, M: Mask<T>>(
             )
         },
         |tile, grads| {
-            if dx_parts.is_none() && dresidual_parts.is_none() {
-                return;
+            if to.dx.is_some() || to.dresidual.is_some() {
+                vectorised(
+                    #[inline(always)]
+                    || tiling.write_grads::<T, M>(job, tile, &rows[tile.group], grads, to),
+                )
             }
-            vectorised(
-                #[inline(always)]
-                || {
-                    let kept = dx_parts.filter(|_| wants_sums);
-                    let kept = kept.map_or(Unpooled::Once, Unpooled::Kept);
-                    // SAFETY: as above, and the sums of a tile come before this. `run` gives the
-                    // part that it asks for back before `dx` is written.
-                    let mut tensors = unsafe { Tensors::new(job, kept) };
-                    for (run, at) in tiling.runs(tile) {
-                        let channels = tiling.at(&rows[tile.group], at);
-                        let slice = tensors.run(run.clone(), channels);
-                        if let Some(parts) = dx_parts {
-                            // SAFETY: no two runs of any two tiles overlap.
-                            let dx = unsafe { parts.part(run.clone()) };
-                            if spec.training {
-                                let grads = tiling.grad_at(grads);
-                                slice.write_dx_training::<M>(dx, channels, grads);
-                            } else {
-                                slice.write_dx_given::<M>(dx, channels);
-                            }
-                        }
-                        if let Some(parts) = dresidual_parts {
-                            // SAFETY: as for `dx`.
-                            slice.write_g::<M>(unsafe { parts.part(run) }, channels);
-                        }
-                    }
-                },
-            )
         },
     );
     let dparams = wants.dparams.then(|| {

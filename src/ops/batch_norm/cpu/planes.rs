@@ -2,10 +2,11 @@
 
 use std::ops::Range;
 
-use super::passes::{Summing, Tiling};
-use super::pooling::Tensors;
+use super::outputs::{GradParts, YParts};
+use super::passes::{plain_grads, plain_y, Summing, Tiling};
+use super::pooling::{outputs, Pooling};
 use super::rows::{ChannelRow, GradRow, Pair};
-use super::Spec;
+use super::{Backward, Forward, Spec};
 use crate::ops::loops::convert::{Element, Real};
 use crate::ops::loops::element::{Channel, ChannelGrad, Mask, Same};
 use crate::ops::loops::lanes::{moments, GradSums};
@@ -13,21 +14,31 @@ use crate::ops::loops::prefetch::prefetch;
 use crate::ops::loops::sweep::{Division, Tile, PART};
 use crate::shape::Dims;
 
-pub(super) struct Planes {
+pub(super) struct AnyPlanes<const POOLED: bool> {
     dims: Dims,
     /// Values of a part.
     part: usize,
 }
 
-impl Planes {
+pub(super) type Planes = AnyPlanes<false>;
+
+/// With a maximum over windows behind the normalisation, which takes planes as a whole.
+pub(super) type PooledPlanes = AnyPlanes<true>;
+
+impl<const POOLED: bool> AnyPlanes<POOLED> {
     pub fn new(spec: &Spec) -> Self {
         let (dims, s) = (spec.dims, spec.dims.s);
-        // Windows are looked for on whole planes.
-        let whole = spec.windows.map(|_| (PART / s).max(1) * s);
-        Self {
-            dims,
-            part: whole.unwrap_or(PART),
-        }
+        let part = if POOLED { (PART / s).max(1) * s } else { PART };
+        Self { dims, part }
+    }
+
+    fn pooling<'a, T: Element>(
+        &self,
+        spec: &'a Spec,
+        row: &ChannelRow<Self, T::Real>,
+    ) -> Option<Pooling<'a, T>> {
+        let windows = spec.windows.as_ref().filter(|_| POOLED)?;
+        Some(Pooling::new(windows, spec.activation, self.at(row, 0).0))
     }
 
     /// What is most likely to be read after a run: the same positions of the next sample.
@@ -38,7 +49,7 @@ impl Planes {
     }
 }
 
-impl Tiling for Planes {
+impl<const POOLED: bool> Tiling for AnyPlanes<POOLED> {
     type Row<A: Real> = [A; 1];
     type Channels<'a, A: Real + 'a> = Same<Channel<A>>;
 
@@ -89,9 +100,30 @@ impl Tiling for Planes {
             shift: row.shift[0],
         })
     }
+
+    #[inline(always)]
+    fn write_y<T: Element>(
+        &self,
+        job: &Forward<T>,
+        tile: Tile,
+        row: &ChannelRow<Self, T::Real>,
+        to: YParts<T>,
+    ) {
+        let Some(mut pooling) = self.pooling::<T>(job.spec, row) else {
+            return plain_y(self, job, tile, row, to);
+        };
+        for (plane, _) in self.runs(tile) {
+            let outputs = outputs(pooling.windows, &plane);
+            // SAFETY: each run is a plane of its own, and so are its windows.
+            let y = unsafe { to.y.part(outputs.clone()) };
+            // SAFETY: as above.
+            let maxima = to.maxima.map(|maxima| unsafe { maxima.part(outputs) });
+            pooling.write_y(&job.x[plane.start..], y, maxima);
+        }
+    }
 }
 
-impl Summing for Planes {
+impl<const POOLED: bool> Summing for AnyPlanes<POOLED> {
     type Grads<'a, A: Real + 'a> = Same<ChannelGrad<A>>;
 
     fn values(&self, part: usize) -> usize {
@@ -117,16 +149,21 @@ impl Summing for Planes {
     #[inline(always)]
     fn grad_sums<T: Element, M: Mask<T>>(
         &self,
-        mut tensors: Tensors<T>,
+        job: &Backward<T>,
         tile: Tile,
-        channels: &ChannelRow<Self, T::Real>,
+        row: &ChannelRow<Self, T::Real>,
     ) -> Pair<[f64; 1]> {
-        let (channel, mean) = (self.at(channels, 0), channels.mean[0]);
-        let mut sums = GradSums::new();
+        let (Same(channel), mean) = (self.at(row, 0), row.mean[0]);
+        let (tensors, mut sums) = (job.tensors(), GradSums::new());
         for (run, _) in self.runs(tile) {
-            tensors.prefetch(self.in_next_sample(&run));
-            let slice = tensors.run(run, channel);
-            sums.add::<T, M>(&slice, &channel.0, mean);
+            let next = self.in_next_sample(&run);
+            let [run, next] = match job.spec.windows.as_ref().filter(|_| POOLED) {
+                Some(windows) => [run, next].map(|plane| outputs(windows, &plane)),
+                None => [run, next],
+            };
+            prefetch(tensors.x.get(next.clone()));
+            prefetch(tensors.dy.get(next));
+            sums.add::<T, M>(&tensors.part(run), &channel, mean);
         }
         let (g, gx) = sums.totals();
         Pair([g], [gx])
@@ -138,6 +175,35 @@ impl Summing for Planes {
             mean_g: row.mean_g[0],
             slope: row.slope[0],
         })
+    }
+
+    #[inline(always)]
+    fn write_grads<T: Element, M: Mask<T>>(
+        &self,
+        job: &Backward<T>,
+        tile: Tile,
+        row: &ChannelRow<Self, T::Real>,
+        grads: &GradRow<Self, T::Real>,
+        to: GradParts<T>,
+    ) {
+        let Some(mut pooling) = self.pooling::<T>(job.spec, row) else {
+            return plain_grads::<_, T, M>(self, job, tile, row, grads, to);
+        };
+        let Some(dx) = to.dx else { return };
+        let (Same(channel), Same(grad)) = (self.at(row, 0), self.grad_at(grads));
+        for (plane, _) in self.runs(tile) {
+            let (x, dy) = (
+                &job.x[plane.start..],
+                &job.dy[outputs(pooling.windows, &plane).start..],
+            );
+            // SAFETY: each run is a plane of its own.
+            let dx = unsafe { dx.part(plane) };
+            if job.spec.training {
+                pooling.write_dx(x, dy, dx, |x, g| grad.dx(&channel, x, g));
+            } else {
+                pooling.write_dx(x, dy, dx, |_, g| channel.scale * g);
+            }
+        }
     }
 }
 

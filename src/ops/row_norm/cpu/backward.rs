@@ -9,7 +9,7 @@ use super::{Backward, Grads, Spec};
 use crate::dims::Rows;
 use crate::ops::loops::convert::{Element, Real};
 use crate::ops::loops::element::{Channels, Mask, Same, Slice};
-use crate::ops::loops::lanes::{blocks, total, GradSums, LANES};
+use crate::ops::loops::lanes::{blocks, GradSums, Sum};
 use crate::ops::output::{Output, Parts};
 use crate::ops::parallel;
 use crate::ops::slices::vectorised;
@@ -226,17 +226,17 @@ unsafe fn row<T: Element, M: Mask<T>>(
     let slice = slice(job, run.clone());
     let channels = affine.channels(row, start..start + len);
     let mut rooms = [T::ROOM; 3];
-    let (mut h, mut hx) = ([0.0; LANES], [0.0; LANES]);
+    let (mut h, mut hx) = (Sum::new(), Sum::new());
     blocks(
         len,
         #[inline(always)]
-        |range| {
+        |block| {
+            let (h, hx, range) = (h.lanes(&block), hx.lanes(&block), block.range);
             let channels = channels.part(range.clone());
             let (dweight, dbias) = (&mut dweight[range.clone()], &mut dbias[range.clone()]);
-            let (len, values) = (range.len(), slice.part(range));
+            let values = slice.part(range);
             let load = values.load::<M>(&mut rooms);
-            let (h, hx) = (&mut h[..len], &mut hx[..len]);
-            for i in 0..len {
+            for i in 0..h.len() {
                 let (x, g) = load(i, &channels.at(i));
                 let (weight, g) = (channels.weight[i].to_f64(), g.to_f64());
                 let gx = g * (x.to_f64() - row.mean);
@@ -254,7 +254,7 @@ unsafe fn row<T: Element, M: Mask<T>>(
             job.spec,
             affine,
             row,
-            (total(h), total(hx)),
+            (h.total(), hx.total()),
             start,
             &slice,
             dx,
