@@ -10,9 +10,9 @@ pub(crate) const LANES: usize = 32;
 
 /// A sum in `f64`, added up in a fixed order.
 ///
-/// The values of whole blocks and those of short ones are added up apart: were a loop of unknown length to add
-/// to the lanes of the others, those would be written by parts and read as a whole, for which a core has to wait.
-pub(crate) struct Sum {
+/// Where it goes on behind a short block, the values of short ones are to be added up `APART`: were they added to
+/// the lanes of the others, those would be written by parts and read as a whole, for which a core has to wait.
+struct Sum<const APART: bool> {
     whole: Lanes,
     short: Lanes,
 }
@@ -21,9 +21,9 @@ pub(crate) struct Sum {
 #[repr(align(64))]
 struct Lanes([f64; LANES]);
 
-impl Sum {
+impl<const APART: bool> Sum<APART> {
     #[inline(always)]
-    pub fn new() -> Self {
+    fn new() -> Self {
         Self {
             whole: Lanes([0.0; LANES]),
             short: Lanes([0.0; LANES]),
@@ -32,27 +32,41 @@ impl Sum {
 
     /// The lanes for a block of [`blocks`].
     #[inline(always)]
-    pub fn lanes(&mut self, block: &Block) -> &mut [f64] {
+    fn lanes(&mut self, block: &Block) -> &mut [f64] {
         if block.is_whole {
             &mut self.whole.0
         } else {
-            &mut self.short.0[..block.range.len()]
+            let to = if APART {
+                &mut self.short
+            } else {
+                &mut self.whole
+            };
+            &mut to.0[..block.range.len()]
         }
     }
 
     #[inline(always)]
-    pub fn total(self) -> f64 {
-        let mut eight = [0.0; 8];
-        for Lanes(lanes) in [self.whole, self.short] {
-            for lanes in lanes.chunks_exact(8) {
-                for i in 0..8 {
-                    eight[i] += lanes[i];
-                }
-            }
+    fn total(self) -> f64 {
+        let whole = total(&self.whole.0);
+        if APART {
+            whole + total(&self.short.0)
+        } else {
+            whole
         }
-        let [a, b, c, d, e, f, g, h] = eight;
-        ((a + b) + (c + d)) + ((e + f) + (g + h))
     }
+}
+
+/// The sum of all lanes.
+#[inline(always)]
+pub(crate) fn total(lanes: &[f64; LANES]) -> f64 {
+    let mut eight = [0.0; 8];
+    for lanes in lanes.chunks_exact(8) {
+        for i in 0..8 {
+            eight[i] += lanes[i];
+        }
+    }
+    let [a, b, c, d, e, f, g, h] = eight;
+    ((a + b) + (c + d)) + ((e + f) + (g + h))
 }
 
 /// Values that are added up side by side.
@@ -81,7 +95,7 @@ pub(crate) fn blocks(len: usize, mut f: impl FnMut(Block)) {
     }
 }
 
-impl Sum {
+impl<const APART: bool> Sum<APART> {
     /// Adds `f` of every value.
     #[inline(always)]
     fn add<T: Element>(&mut self, values: &[T], f: impl Fn(f64) -> f64) {
@@ -103,8 +117,8 @@ impl Sum {
 
 /// `Σd` and `Σd²` of the distances `d` from a pivot.
 struct Distances {
-    sum: Sum,
-    squares: Sum,
+    sum: Sum<true>,
+    squares: Sum<true>,
 }
 
 impl Distances {
@@ -172,13 +186,13 @@ pub(crate) fn moments<'a, T: Element, I: Iterator<Item = &'a [T]>>(
     }
     let mut mean = 0.0;
     if remove_mean {
-        let (pivot, mut sum) = (first(), Sum::new());
+        let (pivot, mut sum) = (first(), Sum::<true>::new());
         for run in runs() {
             sum.add(run, |x| x - pivot);
         }
         mean = pivot + sum.total() / m;
     }
-    let mut squares = Sum::new();
+    let mut squares = Sum::<true>::new();
     for run in runs() {
         squares.add(run, |x| (x - mean) * (x - mean));
     }
@@ -186,12 +200,12 @@ pub(crate) fn moments<'a, T: Element, I: Iterator<Item = &'a [T]>>(
 }
 
 /// `Σg` and `Σ(g·(x - mean))`.
-pub(crate) struct GradSums {
-    g: Sum,
-    gx: Sum,
+pub(crate) struct GradSums<const APART: bool> {
+    g: Sum<APART>,
+    gx: Sum<APART>,
 }
 
-impl GradSums {
+impl<const APART: bool> GradSums<APART> {
     #[inline(always)]
     pub fn new() -> Self {
         Self {

@@ -154,7 +154,7 @@ impl<const POOLED: bool> Summing for AnyPlanes<POOLED> {
         row: &ChannelRow<Self, T::Real>,
     ) -> Pair<[f64; 1]> {
         let (Same(channel), mean) = (self.at(row, 0), row.mean[0]);
-        let (tensors, mut sums) = (job.tensors(), GradSums::new());
+        let (tensors, mut sums) = (job.tensors(), GradSums::<true>::new());
         for (run, _) in self.runs(tile) {
             let next = self.in_next_sample(&run);
             let [run, next] = match job.spec.windows.as_ref().filter(|_| POOLED) {

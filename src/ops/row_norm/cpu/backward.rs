@@ -9,7 +9,7 @@ use super::{Backward, Grads, Spec};
 use crate::dims::Rows;
 use crate::ops::loops::convert::{Element, Real};
 use crate::ops::loops::element::{Channels, Mask, Same, Slice};
-use crate::ops::loops::lanes::{blocks, GradSums, Sum};
+use crate::ops::loops::lanes::{blocks, total, GradSums, LANES};
 use crate::ops::output::{Output, Parts};
 use crate::ops::parallel;
 use crate::ops::slices::vectorised;
@@ -113,7 +113,7 @@ pub(super) fn plane_sums<T: Element, M: Mask<T>>(
 ) -> Sums {
     let mut row_sums = (0.0, 0.0);
     for (run, channel) in affine.planes(start, slice.x.len()) {
-        let mut sums = GradSums::new();
+        let mut sums = GradSums::<false>::new();
         let of_plane = affine.channel(row, channel);
         sums.add::<T, M>(&slice.part(run), &of_plane, row.mean);
         let (g, gx) = sums.totals();
@@ -226,17 +226,18 @@ unsafe fn row<T: Element, M: Mask<T>>(
     let slice = slice(job, run.clone());
     let channels = affine.channels(row, start..start + len);
     let mut rooms = [T::ROOM; 3];
-    let (mut h, mut hx) = (Sum::new(), Sum::new());
+    let (mut h, mut hx) = ([0.0; LANES], [0.0; LANES]);
     blocks(
         len,
         #[inline(always)]
         |block| {
-            let (h, hx, range) = (h.lanes(&block), hx.lanes(&block), block.range);
+            let (range, len) = (block.range.clone(), block.range.len());
             let channels = channels.part(range.clone());
             let (dweight, dbias) = (&mut dweight[range.clone()], &mut dbias[range.clone()]);
             let values = slice.part(range);
             let load = values.load::<M>(&mut rooms);
-            for i in 0..h.len() {
+            let (h, hx) = (&mut h[..len], &mut hx[..len]);
+            for i in 0..len {
                 let (x, g) = load(i, &channels.at(i));
                 let (weight, g) = (channels.weight[i].to_f64(), g.to_f64());
                 let gx = g * (x.to_f64() - row.mean);
@@ -254,7 +255,7 @@ unsafe fn row<T: Element, M: Mask<T>>(
             job.spec,
             affine,
             row,
-            (h.total(), hx.total()),
+            (total(&h), total(&hx)),
             start,
             &slice,
             dx,
