@@ -15,7 +15,7 @@ const DTYPES: [DType; 4] = [DType::F64, DType::F32, DType::BF16, DType::F16];
 
 /// `[n, c, h, w]` and the kernel: even and odd sides, planes that are too small and too large for one
 /// op, the smallest and one longer than a task's share, more channels than threads and fewer.
-const SHAPES: [([usize; 4], usize); 12] = [
+const SHAPES: [([usize; 4], usize); 16] = [
     ([2, 1, 2, 2], 2),
     ([4, 3, 7, 7], 2),
     ([3, 2, 8, 8], 2),
@@ -24,6 +24,10 @@ const SHAPES: [([usize; 4], usize); 12] = [
     ([2, 1, 260, 255], 2),
     ([2, 20, 28, 28], 2),
     ([5, 4, 14, 18], 2),
+    ([2, 2, 5, 32], 2),
+    ([2, 2, 4, 33], 2),
+    ([2, 2, 7, 34], 2),
+    ([3, 2, 6, 17], 2),
     ([2, 2, 97, 101], 2),
     ([3, 2, 4, 4], 1),
     ([2, 3, 9, 11], 3),
@@ -73,7 +77,7 @@ fn activation(relu: bool) -> Activation {
 fn closed_forms() -> Result<()> {
     for device in &devices() {
         for (shape, kernel) in SHAPES {
-            for (relu, frozen) in [(true, false), (false, false), (true, true)] {
+            for (relu, frozen) in [(true, false), (false, false), (true, true), (false, true)] {
                 let [n, c, h, w] = shape;
                 let dy = random(4, n * c * (h / kernel) * (w / kernel), 0.0);
                 let mut case = case(shape, relu);
@@ -206,6 +210,55 @@ fn one_op_as_two() -> Result<()> {
                     );
                     assert_eq!(value(&grads.dresidual)?, of_one.2, "{at}");
                 }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Of equal pixels the first one has the gradient, in windows without a positive value none; with given statistics
+/// and constant parameters, where there is nothing to sum up, and in training.
+#[test]
+fn ties_as_two_ops() -> Result<()> {
+    let device = &Device::Cpu;
+    for (shape, kernel) in SHAPES {
+        for (dtype, relu) in DTYPES.into_iter().flat_map(|d| [(d, true), (d, false)]) {
+            let at = format!("{shape:?} {kernel} {dtype:?} {relu}");
+            let case = case(shape, relu);
+            let x: Vec<_> = case.x.iter().map(|v| v.round()).collect();
+            let x = var(&x, &shape, dtype, device)?;
+            let get = |seed: u64| tensor(&random(seed, shape[1], 0.3), &[shape[1]], dtype, device);
+            let (weight, bias, mean, variance) = (get(2)?, get(3)?, get(5)?, get(6)?.sqr()?);
+            let two = BatchNormArgs {
+                weight: Some(&weight),
+                bias: Some(&bias),
+                activation: activation(relu),
+                ..BatchNormArgs::new()
+            };
+            let one = BatchNormArgs {
+                max_pool: Some(kernel),
+                ..two
+            };
+            let given = |args| batch_norm_inference(&x, &mean, &variance, args);
+            let train = |args| Ok::<_, candle_core::Error>(batch_norm_train(&x, args)?.0);
+            let pairs = [
+                (given(&one)?, max_pool2d(&given(&two)?, kernel)?),
+                (train(&one)?, max_pool2d(&train(&two)?, kernel)?),
+            ];
+            for (y_one, y_two) in pairs {
+                let dy = random(8, y_one.elem_count(), 3.0);
+                let dy = tensor(&dy, y_one.dims(), dtype, device)?;
+                let dx = |y: &Tensor| -> Result<_> {
+                    values(
+                        (y * &dy)?
+                            .sum_all()?
+                            .backward()?
+                            .get(&x)
+                            .expect("a gradient"),
+                    )
+                };
+                let tolerance = rounding(dtype);
+                assert_close(&at, &dx(&y_one)?, &dx(&y_two)?, tolerance, tolerance);
             }
         }
     }

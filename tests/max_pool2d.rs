@@ -52,8 +52,16 @@ fn pooled(x: &Var, kernel: usize, dy: &[f64]) -> Result<(Vec<f64>, Vec<f64>)> {
 /// Every width from one window to several registers, with and without a rest.
 #[test]
 fn all_sizes() -> Result<()> {
-    let mut sizes: Vec<_> = (1..50).map(|w| (1 + w % 7, w)).collect();
-    sizes.extend([(28, 28), (29, 31), (70, 9)]);
+    let mut sizes: Vec<_> = (1..50).map(|w| (2 + w % 7, w)).collect();
+    sizes.extend([
+        (1, 9),
+        (28, 28),
+        (29, 31),
+        (70, 9),
+        (5, 64),
+        (4, 65),
+        (3, 97),
+    ]);
     for (h, w) in sizes {
         for kernel in [1, 2, 3, 5] {
             if kernel > h.min(w) {
@@ -107,26 +115,29 @@ fn the_first_of_several_maxima_gets_the_gradient() -> Result<()> {
     Ok(())
 }
 
-/// Each place in a window, and pairs of places, in each window of a row in turn.
+/// Each place in a window, and pairs of places, in each window in turn, beside pixels in no window.
 #[test]
 fn a_nan_is_the_maximum() -> Result<()> {
     for kernel in [2, 3] {
-        for columns in [1, 5, 17] {
-            let shape = [1, 1, kernel, kernel * columns];
+        for (columns, rest) in [(1, 0), (5, 1), (8, 0), (17, 1)] {
+            let (h, w) = (2 * kernel + 1, kernel * columns + rest);
             for places in 1..1usize << (kernel * kernel) {
-                let mut x = random(3, kernel * kernel * columns, 0.0);
-                let window = places % columns;
+                let mut x = random(3, h * w, 0.0);
+                let window = places % (2 * columns);
+                let first = (window / columns * w + window % columns) * kernel;
                 for at in (0..kernel * kernel).filter(|at| places & (1 << at) != 0) {
-                    x[at / kernel * kernel * columns + window * kernel + at % kernel] = f64::NAN;
+                    x[first + at / kernel * w + at % kernel] = f64::NAN;
                 }
-                let dy: Vec<f64> = (0..columns).map(|j| 1.0 + j as f64).collect();
-                let (y, dx) = truth(&x, shape, kernel, &dy);
-                assert!(y[window].is_nan());
-                let (got_y, got_dx) =
-                    pooled(&var(&x, &shape, DType::F32, &Device::Cpu)?, kernel, &dy)?;
-                assert_eq!(got_dx, dx, "{kernel} {columns} {places:b}");
-                for (got, y) in got_y.iter().zip(y) {
-                    assert!(*got == f64::from(y as f32) || got.is_nan() && y.is_nan());
+                let dy: Vec<f64> = (0..2 * columns).map(|j| 1.0 + j as f64).collect();
+                for dtype in [DType::F32, DType::BF16] {
+                    let x = var(&x, &[1, 1, h, w], dtype, &Device::Cpu)?;
+                    let (y, dx) = truth(&values(&x)?, [1, 1, h, w], kernel, &dy);
+                    assert!(y[window].is_nan());
+                    let (got_y, got_dx) = pooled(&x, kernel, &dy)?;
+                    assert_eq!(got_dx, dx, "{kernel} {columns} {places:b} {dtype:?}");
+                    for (got, y) in got_y.iter().zip(y) {
+                        assert!(*got == y || got.is_nan() && y.is_nan());
+                    }
                 }
             }
         }

@@ -11,7 +11,7 @@ use crate::ops::slices::{self, cpu_storage, dispatch, Operand};
 trait HostElement: Element + WithDType {}
 impl<T: Element + WithDType> HostElement for T {}
 
-/// `y`, and the mean and variance that were used: F64 `[2, c]`.
+/// `y`, and the mean and variance that were used: F64 `[2, c]`. Sets the maxima of the op.
 pub(super) fn forward(
     op: &BatchNormOp,
     operands: &Operands<CpuStorage>,
@@ -45,7 +45,7 @@ fn forward_as<T: HostElement>(
         params: slices::params(NAME, &operands.weight, &operands.bias, spec.dims.c)?,
         residual: operands.residual.as_ref().map(values::<T>).transpose()?,
         given,
-        keeps_maxima: op.is_tracked,
+        keeps_maxima: op.keeps_maxima,
     });
     if let Some(maxima) = maxima {
         op.maxima.get_or_init(|| slices::tensor(maxima, y_shape));

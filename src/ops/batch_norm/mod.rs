@@ -51,6 +51,13 @@ pub(crate) struct Wants {
     pub dresidual: bool,
 }
 
+impl Wants {
+    /// Whether there have to be sums over a channel.
+    pub fn sums(&self, spec: &Spec) -> bool {
+        self.dparams || (self.dx && spec.training)
+    }
+}
+
 impl Spec {
     /// `1 / √(var + eps)`
     #[inline(always)]
@@ -323,10 +330,11 @@ fn prepare(
         has_residual: args.residual.is_some(),
         given,
         saved: Arc::new(OnceLock::new()),
-        is_tracked: [Some(&x_kernel), second.as_ref(), third.as_ref()]
-            .into_iter()
-            .flatten()
-            .any(Tensor::track_op),
+        keeps_maxima: (training && x.track_op())
+            || [args.weight, args.bias]
+                .into_iter()
+                .flatten()
+                .any(Tensor::track_op),
         maxima: OnceLock::new(),
     };
     // In the place of an absent argument stands the input again: it is there, and never read.

@@ -35,8 +35,8 @@ pub(super) struct BatchNormOp {
     pub given: Option<(Tensor, Tensor)>,
     /// The mean and variance of the forward pass, F64 `[2, c]`: set once, by it.
     pub saved: Arc<OnceLock<Tensor>>,
-    /// Whether there may be gradients.
-    pub is_tracked: bool,
+    /// Whether the gradients will take sums over a channel.
+    pub keeps_maxima: bool,
     /// For those, the pixels that became the output, if it is pooled here: set once, by the forward pass.
     pub maxima: OnceLock<Tensor>,
 }
@@ -105,7 +105,8 @@ impl BatchNormOp {
             ..wants
         };
         if computed.dx || computed.dparams || computed.dresidual {
-            if self.spec.windows.is_some() && self.maxima.get().is_none() {
+            let needs_maxima = self.spec.windows.is_some() && computed.sums(&self.spec);
+            if needs_maxima && self.maxima.get().is_none() {
                 bail!("batch norm: the forward pass kept nothing for the gradients")
             }
             let tensors = BackwardTensors {

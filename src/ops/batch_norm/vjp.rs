@@ -70,7 +70,7 @@ pub fn batch_norm_vjp(
         order,
         tensors,
     } = prepare(&x, &args, dims, pooling, Normalise::Batch)?;
-    op.is_tracked = true;
+    op.keeps_maxima = true;
     let y_kernel = tensors[0].apply_op3_no_bwd(&tensors[1], &tensors[2], &op)?;
     let stats = BatchStats::new(statistics(&op.saved)?, dims.m());
     let normalised = order.out_of_kernel(&y_kernel, &x)?;

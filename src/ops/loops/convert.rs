@@ -51,7 +51,8 @@ pub(crate) trait Element: Copy + PartialOrd + Default + Send + Sync + 'static {
         room
     }
 
-    /// Rounds the numbers that `write` writes to `to`.
+    /// Calls `write` once, with room for as many numbers as `to` has values, and writes those, rounded, to all of
+    /// `to`: others rely on that.
     ///
     /// # Safety
     /// `write` writes every number that it has room for.

@@ -17,7 +17,7 @@ struct Sum<const APART: bool> {
     short: Lanes,
 }
 
-/// On cache lines: a register that is stored across two of them costs as much.
+/// On cache lines: where a register is stored across two of them, the next one to read it waits too.
 #[repr(align(64))]
 struct Lanes([f64; LANES]);
 
@@ -101,17 +101,15 @@ impl<const APART: bool> Sum<APART> {
     fn add<T: Element>(&mut self, values: &[T], f: impl Fn(f64) -> f64) {
         const { assert!(LANES <= T::CHUNK) };
         let mut room = T::ROOM;
-        blocks(
-            values.len(),
-            #[inline(always)]
-            |block| {
-                let lanes = self.lanes(&block);
-                let values = T::load(&values[block.range], &mut room);
-                for i in 0..lanes.len() {
-                    lanes[i] += f(values(i).to_f64());
-                }
-            },
-        );
+        // Not in `blocks`: the compiler writes out a loop over so few values with so little to do, one by one,
+        // before it thinks of wide registers.
+        for chunk in values.chunks(LANES) {
+            let lanes = &mut self.whole.0[..chunk.len()];
+            let values = T::load(chunk, &mut room);
+            for i in 0..chunk.len() {
+                lanes[i] += f(values(i).to_f64());
+            }
+        }
     }
 }
 

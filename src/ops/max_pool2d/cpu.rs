@@ -60,6 +60,6 @@ pub(super) fn backward<T: WithDType + Default>(windows: &Windows, x: &[T], dy: &
             },
         )
     });
-    // SAFETY: every plane has been written: the rows with windows, then the rest.
+    // SAFETY: every plane has been written: `backward` writes all of it.
     unsafe { dx.finish() }
 }

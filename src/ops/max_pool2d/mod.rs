@@ -1,7 +1,7 @@
 //! The maximum over windows of images.
 
 mod cpu;
-mod pairs;
+mod two_by_two;
 pub(crate) mod windows;
 
 use candle_core::backend::BackendStorage;

@@ -2,7 +2,7 @@
 
 use std::mem::MaybeUninit;
 
-use super::pairs::Pairs;
+use super::two_by_two::TwoByTwo;
 
 /// Square windows that lie side by side on a plane of `h` by `w` pixels.
 #[derive(Debug, Clone, Copy)]
@@ -36,7 +36,8 @@ impl Windows {
     }
 
     /// Writes `finish(the largest value)` of every window to `y`, where `value` is that of a pixel of the plane
-    /// `x`, and the pixel with that value to `maxima`. (What follows the plane in `x` is no part of it; it may be read, and is not used.)
+    /// `x`, and the pixel with that value to `maxima`. (What follows the plane in `x` is no part of it; it may
+    /// be read, and is not used.)
     #[inline(always)]
     pub fn forward<V: Pixel>(
         &self,
@@ -46,10 +47,12 @@ impl Windows {
         value: impl Fn(V) -> V,
         finish: impl Fn(V) -> V,
     ) {
+        assert_eq!(y.len(), self.outputs());
+        assert!(maxima.as_ref().is_none_or(|maxima| maxima.len() == y.len()));
         if self.kernel == 2 {
             return match maxima {
-                None => Pairs(self).forward(x, y, value, finish),
-                Some(maxima) => Pairs(self).forward_with_maxima(x, y, maxima, value, finish),
+                None => TwoByTwo(self).forward(x, y, value, finish),
+                Some(maxima) => TwoByTwo(self).forward_with_maxima(x, y, maxima, value, finish),
             };
         }
         let mut maxima = maxima;
@@ -74,14 +77,18 @@ impl Windows {
         mask: impl Fn(V, V) -> V,
         gradient: impl Fn(V, V) -> V,
     ) {
-        let windowed = 2 * self.oh() * self.w;
-        let is_done = if self.kernel == 2 { windowed } else { 0 };
-        for (dx, &x) in dx.iter_mut().zip(x).skip(is_done) {
-            dx.write(gradient(x, V::default()));
-        }
+        assert_eq!(dx.len(), self.inputs());
+        let mut without = |from: usize| {
+            for (dx, &x) in dx.iter_mut().zip(x).skip(from) {
+                dx.write(gradient(x, V::default()));
+            }
+        };
         if self.kernel == 2 {
-            return Pairs(self).backward(x, dy, &mut dx[..windowed], value, mask, gradient);
+            let rows = 2 * self.oh() * self.w;
+            without(rows);
+            return TwoByTwo(self).backward(x, dy, &mut dx[..rows], value, mask, gradient);
         }
+        without(0);
         for (window, &dy) in dy.iter().enumerate().take(self.outputs()) {
             let (at, largest) = self.largest(x, window, &value);
             dx[at].write(gradient(x[at], mask(largest, dy)));

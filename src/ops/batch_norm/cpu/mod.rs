@@ -32,7 +32,7 @@ pub(crate) struct Forward<'a, T> {
     pub residual: Option<&'a [T]>,
     /// Mean and variance to normalise with; without them, those of `x`.
     pub given: Option<[Vec<f64>; 2]>,
-    /// Whether the gradients will be asked for: where the output is pooled, they need its pixels.
+    /// Whether there will be sums over gradients: where the output is pooled, they need its pixels.
     pub keeps_maxima: bool,
 }
 
@@ -46,8 +46,8 @@ pub(crate) struct Normalised<T> {
     pub maxima: Option<Vec<T>>,
 }
 
-/// Input of [`backward`]. All tensors are contiguous, `x` and `y` are `[n, c, s]`, and so is `dy` but
-/// where the output is pooled.
+/// Input of [`backward`]. All tensors are contiguous and `[n, c, s]`; with pooling, `dy`, `y` and `maxima` are as
+/// large as the output.
 pub(crate) struct Backward<'a, T> {
     pub spec: &'a Spec,
     pub x: &'a [T],
@@ -63,9 +63,11 @@ pub(crate) struct Backward<'a, T> {
 }
 
 impl<'a, T> Backward<'a, T> {
-    /// What is summed up; where the output is pooled, of the maxima: no other pixel has a gradient before the
-    /// normalisation.
+    /// What is summed up; where the output is pooled, of the maxima: all other pixels have a gradient of 0. (Were
+    /// one of those infinite and the statistics given, `0·∞` would be a NaN in the sums, here as in PyTorch with two
+    /// layers; it is left out.)
     fn tensors(&self) -> Slice<'a, T> {
+        assert_eq!(self.maxima.is_some(), self.spec.windows.is_some());
         let x = self.maxima.unwrap_or(self.x);
         Slice {
             x,

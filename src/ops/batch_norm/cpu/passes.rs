@@ -247,7 +247,7 @@ pub(super) fn backward<L: Summing, T: Element, M: Mask<T>>(
     let (means, vars) = job.saved.split_at(spec.dims.c);
     let division = tiling.division();
     let rows = given_rows(tiling, spec, &job.params, means, vars);
-    let wants_sums = wants.dparams || (wants.dx && spec.training);
+    let wants_sums = wants.sums(spec);
     let groups = division.sweep(
         |tile| {
             wants_sums.then(|| {
@@ -277,7 +277,7 @@ pub(super) fn backward<L: Summing, T: Element, M: Mask<T>>(
             [row.dweight.as_ref(), row.dbias.as_ref()]
         })
     });
-    // SAFETY: the runs of all tiles make up the whole tensor.
+    // SAFETY: the runs of all tiles make up the whole tensor, and each is written to all that there is.
     unsafe {
         Grads {
             dx: dx.map(|dx| dx.finish()),

@@ -4,7 +4,7 @@ use std::ops::Range;
 
 use super::outputs::{GradParts, YParts};
 use super::passes::{plain_grads, plain_y, Summing, Tiling};
-use super::pooling::{outputs, Pooling};
+use super::pooling::{windows_of, Pooling};
 use super::rows::{ChannelRow, GradRow, Pair};
 use super::{Backward, Forward, Spec};
 use crate::ops::loops::convert::{Element, Real};
@@ -112,12 +112,13 @@ impl<const POOLED: bool> Tiling for AnyPlanes<POOLED> {
         let Some(mut pooling) = self.pooling::<T>(job.spec, row) else {
             return plain_y(self, job, tile, row, to);
         };
+        assert!(job.residual.is_none(), "no pooling behind a residual");
         for (plane, _) in self.runs(tile) {
-            let outputs = outputs(pooling.windows, &plane);
+            let windows = windows_of(pooling.windows, &plane);
             // SAFETY: each run is a plane of its own, and so are its windows.
-            let y = unsafe { to.y.part(outputs.clone()) };
+            let y = unsafe { to.y.part(windows.clone()) };
             // SAFETY: as above.
-            let maxima = to.maxima.map(|maxima| unsafe { maxima.part(outputs) });
+            let maxima = to.maxima.map(|maxima| unsafe { maxima.part(windows) });
             pooling.write_y(&job.x[plane.start..], y, maxima);
         }
     }
@@ -158,7 +159,7 @@ impl<const POOLED: bool> Summing for AnyPlanes<POOLED> {
         for (run, _) in self.runs(tile) {
             let next = self.in_next_sample(&run);
             let [run, next] = match job.spec.windows.as_ref().filter(|_| POOLED) {
-                Some(windows) => [run, next].map(|plane| outputs(windows, &plane)),
+                Some(windows) => [run, next].map(|plane| windows_of(windows, &plane)),
                 None => [run, next],
             };
             prefetch(tensors.x.get(next.clone()));
@@ -189,12 +190,13 @@ impl<const POOLED: bool> Summing for AnyPlanes<POOLED> {
         let Some(mut pooling) = self.pooling::<T>(job.spec, row) else {
             return plain_grads::<_, T, M>(self, job, tile, row, grads, to);
         };
+        assert!(to.dresidual.is_none(), "no pooling behind a residual");
         let Some(dx) = to.dx else { return };
         let (Same(channel), Same(grad)) = (self.at(row, 0), self.grad_at(grads));
         for (plane, _) in self.runs(tile) {
             let (x, dy) = (
                 &job.x[plane.start..],
-                &job.dy[outputs(pooling.windows, &plane).start..],
+                &job.dy[windows_of(pooling.windows, &plane).start..],
             );
             // SAFETY: each run is a plane of its own.
             let dx = unsafe { dx.part(plane) };

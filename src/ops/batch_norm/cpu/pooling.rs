@@ -10,7 +10,7 @@ use crate::ops::loops::element::{cut, relu, Channel};
 use crate::ops::max_pool2d::windows::Windows;
 
 /// The windows of a plane among those of all planes.
-pub(super) fn outputs(windows: &Windows, plane: &Range<usize>) -> Range<usize> {
+pub(super) fn windows_of(windows: &Windows, plane: &Range<usize>) -> Range<usize> {
     let start = plane.start / windows.inputs() * windows.outputs();
     start..start + windows.outputs()
 }
@@ -49,7 +49,7 @@ impl<'a, T: Element> Pooling<'a, T> {
         let [y_room, maxima_room] = &mut self.to;
         let (windows, activation, value) =
             (self.windows, self.activation, value::<T>(self.channel));
-        // SAFETY: `forward` writes all that it is given.
+        // SAFETY: `forward` writes all that it is given, and so does `write_reals` of the maxima within.
         unsafe {
             T::write_reals(
                 y,

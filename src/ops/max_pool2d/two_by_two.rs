@@ -21,11 +21,11 @@ macro_rules! in_blocks {
     };
 }
 
-/// [`Windows`] of two by two pixels, with the same methods.
+/// [`Windows`] of two by two pixels. The methods do what those of the windows say.
 #[derive(Clone, Copy)]
-pub(super) struct Pairs<'a>(pub &'a Windows);
+pub(super) struct TwoByTwo<'a>(pub &'a Windows);
 
-impl Pairs<'_> {
+impl TwoByTwo<'_> {
     #[inline(always)]
     pub fn forward<V: Pixel>(
         self,
