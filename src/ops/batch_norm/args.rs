@@ -44,7 +44,8 @@ pub struct BatchNormArgs<'a> {
     ///
     /// On the CPU this happens plane by plane, and what is in between is never stored (for the gradients, the
     /// pixels of the maxima are kept, which are as many as the output has); but with a residual, on planes of
-    /// fewer than 64 or more than 65536 pixels and on CUDA it is an op of its own. The output is contiguous, and an input with the channels last is copied first.
+    /// fewer than 64 or more than 65536 pixels and on CUDA it is an op of its own. The output is contiguous, and an
+    /// input with the channels last is copied first.
     pub max_pool: Option<usize>,
     /// Added to the variance under the root. Above 0 in training, at least 0 in inference.
     pub eps: f64,

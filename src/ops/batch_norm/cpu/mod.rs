@@ -63,9 +63,8 @@ pub(crate) struct Backward<'a, T> {
 }
 
 impl<'a, T> Backward<'a, T> {
-    /// What is summed up; where the output is pooled, of the maxima: all other pixels have a gradient of 0. (Were
-    /// one of those infinite and the statistics given, `0·∞` would be a NaN in the sums, here as in PyTorch with two
-    /// layers; it is left out.)
+    /// What is summed up; where the output is pooled, of the maxima: all other pixels have a gradient of 0. (With
+    /// given statistics and an infinite one among them, two ops have a NaN in the sums, `0·∞`, which is left out here.)
     fn tensors(&self) -> Slice<'a, T> {
         assert_eq!(self.maxima.is_some(), self.spec.windows.is_some());
         let x = self.maxima.unwrap_or(self.x);
