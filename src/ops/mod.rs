@@ -28,6 +28,7 @@ mod loops;
 mod max_pool2d;
 mod output;
 mod parallel;
+mod param_grads;
 mod relu;
 mod row_norm;
 pub(crate) mod slices;

@@ -7,6 +7,7 @@ use candle_core::{DType, Result, Tensor};
 use super::op::{BatchNormOp, Slots, TensorGrads};
 use super::{Activation, Dims, Spec, Wants};
 use crate::ops::max_pool2d::max_pool2d_gradient;
+use crate::ops::param_grads::ParamGrads;
 use crate::ops::relu::through_relu;
 
 impl BatchNormOp {
@@ -70,11 +71,11 @@ impl BatchNormOp {
                 .to_dtype(x.dtype())?
                 .reshape(x.shape())
         };
-        let dparams = || Tensor::stack(&[&dweight, &dbias], 0)?.reshape((2, c));
+        let dparam = |t: &Tensor| t.reshape(c)?.to_dtype(second.dtype());
         Ok(TensorGrads {
             dx: wants.dx.then(dx).transpose()?,
             dparams: match wants.dparams {
-                true => Some(dparams()?.to_dtype(second.dtype())?),
+                true => Some(ParamGrads::Apart([dparam(&dweight)?, dparam(&dbias)?])),
                 false => None,
             },
             dresidual: wants.dresidual.then_some(g),

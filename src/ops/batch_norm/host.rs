@@ -5,6 +5,7 @@ use candle_core::{CpuStorage, Device, Result, Shape, Tensor, WithDType};
 use super::cpu::{self, Backward, Element, Forward, Normalised};
 use super::op::{BackwardTensors, BatchNormOp, Operands, TensorGrads};
 use super::{Spec, Wants, NAME};
+use crate::ops::param_grads::ParamGrads;
 use crate::ops::slices::{self, cpu_storage, dispatch, Operand};
 
 /// A dtype of candle's that the loops can work on.
@@ -108,17 +109,11 @@ fn backward_as<T: HostElement>(
         wants,
     });
     let like_x = |values| slices::tensor(values, args[0].1.shape());
-    let dparams = match grads.dparams {
-        None => None,
-        Some(values) => {
-            let dtype = tensors.args[1].dtype();
-            let dparams = Tensor::from_vec(values, (2, op.spec.dims.c), &Device::Cpu)?;
-            Some(dparams.to_dtype(dtype)?)
-        }
-    };
+    let dtype = tensors.args[1].dtype();
+    let dparams = |sums: Vec<f64>| ParamGrads::from_sums(NAME, &sums, dtype);
     Ok(TensorGrads {
         dx: grads.dx.map(like_x),
-        dparams,
+        dparams: grads.dparams.map(dparams).transpose()?,
         dresidual: grads.dresidual.map(like_x),
     })
 }

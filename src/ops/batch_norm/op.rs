@@ -9,6 +9,7 @@ use candle_core::{bail, CpuStorage, CustomOp3, Device, Layout, Result, Shape, Te
 use super::{host, Activation, Spec, Wants};
 use crate::ops::backward::gradient_of;
 use crate::ops::keeps_graph::keeps_graph;
+use crate::ops::param_grads::{Param, ParamGrads};
 use crate::ops::slices::Operand;
 
 /// Where weight and bias stand among the op's arguments, as far as there are any.
@@ -49,10 +50,10 @@ pub(super) struct Operands<'a, S> {
     pub residual: Option<Operand<'a, S>>,
 }
 
-/// The gradients by the role of the argument; `dparams` is `[2, c]`: of weight and bias.
+/// The gradients by the role of the argument.
 pub(super) struct TensorGrads {
     pub dx: Option<Tensor>,
-    pub dparams: Option<Tensor>,
+    pub dparams: Option<ParamGrads>,
     pub dresidual: Option<Tensor>,
 }
 
@@ -111,7 +112,7 @@ impl BatchNormOp {
             }
             let tensors = BackwardTensors {
                 args,
-                y: (relu && (self.has_residual || self.spec.windows.is_some())).then_some(y),
+                y: (relu && self.has_residual).then_some(y),
                 dy: &dy,
                 saved,
             };
@@ -160,15 +161,14 @@ impl BatchNormOp {
         };
         Ok(match self.params {
             Slots::None => (dx, None, dresidual),
-            Slots::Weight => (dx, Some(dparams.get(0)?), dresidual),
-            Slots::Bias => (dx, Some(dparams.get(1)?), dresidual),
-            // Each with memory of its own, as gradients have that candle sums up.
+            Slots::Weight => (dx, Some(dparams.get(Param::Weight)?), dresidual),
+            Slots::Bias => (dx, Some(dparams.get(Param::Bias)?), dresidual),
             Slots::Both => (
                 dx,
-                Some(dparams.get(0)?.copy()?),
-                Some(dparams.get(1)?.copy()?),
+                Some(dparams.alone(Param::Weight)?),
+                Some(dparams.alone(Param::Bias)?),
             ),
-            Slots::Packed => (dx, Some(dparams), dresidual),
+            Slots::Packed => (dx, Some(dparams.stacked()?), dresidual),
         })
     }
 }

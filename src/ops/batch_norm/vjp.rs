@@ -8,6 +8,7 @@ use super::{BatchNormArgs, BatchStats, Pooling, Wants, NAME};
 use crate::ops::keeps_graph::for_gradients;
 use crate::ops::max_pool2d::windows::Windows;
 use crate::ops::max_pool2d::{max_pool2d, max_pool2d_gradient};
+use crate::ops::param_grads::Param;
 use crate::shape::{check_like, Order};
 
 /// [`batch_norm_train`](super::batch_norm_train) and what gives its gradients, for programs that go
@@ -151,14 +152,20 @@ impl BatchNormPullback {
             bail!("batch norm: the backward pass left no gradient")
         };
         let out = |t: Tensor| self.order.out_of_kernel(&t, &self.x);
-        let param = |present: bool, row| match &dparams {
-            Some(dparams) if present => dparams.get(row).map(Some),
+        let gradient = |present: bool, param| match &dparams {
+            Some(dparams) if present => dparams.get(param).map(Some),
             _ => Ok(None),
         };
         Ok(BatchNormGrads {
             dx: out(dx)?,
-            dweight: param(!matches!(self.op.params, Slots::None | Slots::Bias), 0)?,
-            dbias: param(!matches!(self.op.params, Slots::None | Slots::Weight), 1)?,
+            dweight: gradient(
+                !matches!(self.op.params, Slots::None | Slots::Bias),
+                Param::Weight,
+            )?,
+            dbias: gradient(
+                !matches!(self.op.params, Slots::None | Slots::Weight),
+                Param::Bias,
+            )?,
             // Without a ReLU it is `dy` itself, which is the caller's.
             dresidual: dresidual.map(|t| out(t)?.copy()).transpose()?,
         })

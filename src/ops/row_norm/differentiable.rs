@@ -5,6 +5,7 @@ use candle_core::{DType, Result, Tensor};
 use super::op::{RowNormOp, TensorGrads};
 use super::{Activation, Wants};
 use crate::dims::Rows;
+use crate::ops::param_grads::ParamGrads;
 use crate::ops::relu::through_relu;
 
 impl RowNormOp {
@@ -59,11 +60,14 @@ impl RowNormOp {
             };
             d.to_dtype(x.dtype())?.reshape(x.shape())
         };
-        let dparams = || -> Result<Tensor> {
+        let dparams = || -> Result<ParamGrads> {
             let by_channel = |t: Tensor| t.sum((0, 3))?.reshape(c);
             let (dweight, dbias) = (by_channel((&g * &normalised)?)?, by_channel(g.clone())?);
             let dtype = if self.has_weight { weight } else { bias }.dtype();
-            Tensor::stack(&[dweight, dbias], 0)?.to_dtype(dtype)
+            Ok(ParamGrads::Apart([
+                dweight.to_dtype(dtype)?,
+                dbias.to_dtype(dtype)?,
+            ]))
         };
         Ok(TensorGrads {
             dx: wants.dx.then(dx).transpose()?,

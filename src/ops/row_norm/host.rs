@@ -7,6 +7,7 @@ use super::op::{BackwardTensors, Operands, RowNormOp, TensorGrads};
 use super::Wants;
 use crate::ops::loops::convert::Element;
 use crate::ops::loops::Params;
+use crate::ops::param_grads::ParamGrads;
 use crate::ops::slices::{self, cpu_storage, dispatch};
 
 /// `y`, and the statistics of the rows: F64 `[2, rows]`.
@@ -64,11 +65,9 @@ fn backward_as<T: Element + WithDType>(
             }))
         })
     })?;
-    let dparams = |values| {
-        let dparams = Tensor::from_vec(values, (2, op.spec.rows.c), &Device::Cpu)?;
-        let parameter = if op.has_weight { 1 } else { 2 };
-        dparams.to_dtype(tensors.args[parameter].dtype())
-    };
+    let parameter = if op.has_weight { 1 } else { 2 };
+    let dtype = tensors.args[parameter].dtype();
+    let dparams = |sums: Vec<f64>| ParamGrads::from_sums(op.name, &sums, dtype);
     Ok(TensorGrads {
         dx: grads.dx.map(|dx| slices::tensor(dx, x.1.shape())),
         dparams: grads.dparams.map(dparams).transpose()?,

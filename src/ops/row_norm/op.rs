@@ -9,6 +9,7 @@ use candle_core::{bail, CpuStorage, CustomOp3, Device, Layout, Result, Shape, Te
 use super::{host, Spec, Wants};
 use crate::ops::backward::gradient_of;
 use crate::ops::keeps_graph::keeps_graph;
+use crate::ops::param_grads::{Param, ParamGrads};
 use crate::ops::slices::Operand;
 
 /// A row norm of its first argument; the second is the weight and the third the bias, as far as there are any.
@@ -35,10 +36,10 @@ pub(super) struct BackwardTensors<'a> {
     pub saved: &'a Tensor,
 }
 
-/// The gradients; `dparams` is `[2, c]`: of weight and bias.
+/// The gradients that were asked for.
 pub(super) struct TensorGrads {
     pub dx: Option<Tensor>,
-    pub dparams: Option<Tensor>,
+    pub dparams: Option<ParamGrads>,
 }
 
 impl RowNormOp {
@@ -138,15 +139,14 @@ impl CustomOp3 for RowNormOp {
             dparams: wants_weight || wants_bias,
         };
         let TensorGrads { dx, dparams } = self.gradients([x, weight, bias], y, dy, wants)?;
-        // Each with memory of its own, as gradients have that candle sums up.
-        let row = |wanted: bool, row, like: &Tensor| match &dparams {
-            Some(dparams) if wanted => dparams.get(row)?.copy()?.reshape(like.shape()).map(Some),
+        let gradient = |wanted: bool, param, like: &Tensor| match &dparams {
+            Some(dparams) if wanted => dparams.alone(param)?.reshape(like.shape()).map(Some),
             _ => Ok(None),
         };
         Ok((
             gradient_of(x, dx)?,
-            gradient_of(weight, row(wants_weight, 0, weight)?)?,
-            gradient_of(bias, row(wants_bias, 1, bias)?)?,
+            gradient_of(weight, gradient(wants_weight, Param::Weight, weight)?)?,
+            gradient_of(bias, gradient(wants_bias, Param::Bias, bias)?)?,
         ))
     }
 }

@@ -6,6 +6,7 @@ use super::args::{groups, last_dimensions, Prepared, RowNormArgs};
 use super::op::TensorGrads;
 use super::{Wants, GROUP, LAYER, RMS};
 use crate::ops::keeps_graph::for_gradients;
+use crate::ops::param_grads::Param;
 use crate::shape::check_like;
 
 /// [`layer_norm`](super::layer_norm()) and what gives its gradients, for programs that go back through a network by
@@ -137,14 +138,14 @@ impl RowNormPullback {
         let Some(dx) = dx else {
             bail!("{}: the backward pass left no gradient", op.name)
         };
-        let param = |present: bool, row, like: &Tensor| match &dparams {
-            Some(dparams) if present => dparams.get(row)?.reshape(like.shape()).map(Some),
+        let gradient = |present: bool, param, like: &Tensor| match &dparams {
+            Some(dparams) if present => dparams.get(param)?.reshape(like.shape()).map(Some),
             _ => Ok(None),
         };
         Ok(RowNormGrads {
             dx: order.out_of_kernel(&dx, &self.x)?,
-            dweight: param(op.has_weight, 0, weight)?,
-            dbias: param(op.has_bias, 1, bias)?,
+            dweight: gradient(op.has_weight, Param::Weight, weight)?,
+            dbias: gradient(op.has_bias, Param::Bias, bias)?,
         })
     }
 }

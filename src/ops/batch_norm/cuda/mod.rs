@@ -11,6 +11,7 @@ use crate::ops::cuda::{
     address_of, aligned, code_of, cuda_storage, function, limits, optional, params_dtype, partials,
     prepare, view, wrap, Args, Counters, Kernel, Module, PerChannel,
 };
+use crate::ops::param_grads::ParamGrads;
 use crate::ops::slices::dispatch;
 use crate::shape::Dims;
 pub(super) use running::move_towards;
@@ -240,7 +241,7 @@ fn backward_as<T: Kernel>(
     };
     Ok(TensorGrads {
         dx: dx.map(like_x),
-        dparams: dparams.map(|storage| wrap(storage, params_shape)),
+        dparams: dparams.map(|storage| ParamGrads::Stacked(wrap(storage, params_shape))),
         dresidual: dresidual.map(like_x),
     })
 }

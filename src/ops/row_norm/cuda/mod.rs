@@ -11,6 +11,7 @@ use crate::ops::cuda::{
     address_of, aligned, code_of, cuda_storage, function, limits, params_dtype, partials, prepare,
     view, wrap, Args, Counters, Kernel, Module, Operand, PerChannel,
 };
+use crate::ops::param_grads::ParamGrads;
 use crate::ops::plan::{Blocks, Direction, Options};
 use crate::ops::slices::dispatch;
 use params::dparams_as;
@@ -138,7 +139,8 @@ pub(super) fn backward(
         grads.dx = Some(dispatch!(op.name, dtype, dx_as(&inputs))?);
     }
     if let Some(params) = params_dtype(&operands.weight, &operands.bias).filter(|_| wants.dparams) {
-        grads.dparams = Some(dispatch!(op.name, dtype, dparams_as(&inputs, params))?);
+        let dparams = dispatch!(op.name, dtype, dparams_as(&inputs, params))?;
+        grads.dparams = Some(ParamGrads::Stacked(dparams));
     }
     Ok(grads)
 }
