@@ -7,7 +7,8 @@ use gemm::Parallelism;
 
 use super::Spec;
 use crate::ops::output::{Output, Parts};
-use crate::ops::parallel::{for_each, map};
+use crate::ops::parallel::for_each;
+use crate::ops::slices::vectorised;
 use crate::ops::weighted::{Grads, Wants, Weighted};
 
 /// So many multiplications take as long as a value in a plain loop.
@@ -47,16 +48,40 @@ impl<T: WithDType> Weighted<T> for Spec {
             left: Matrix::new(dy, 1, outputs),
             right: Matrix::new(x, inputs, 1),
         };
-        let dbias = |output: usize| -> T {
-            let column = dy.iter().skip(output).step_by(outputs);
-            T::from_f64(column.map(|dy| dy.to_f64()).sum())
-        };
         Grads {
             dx: wants.dx.then(|| dx.compute(None)),
             dweight: wants.dweight.then(|| dweight.compute(None)),
-            dbias: wants.dbias.then(|| map(outputs, n * outputs, dbias)),
+            dbias: wants.dbias.then(|| sums_of_columns(dy, outputs)),
         }
     }
+}
+
+/// The sum of each column of a matrix, in F64 and rounded once.
+fn sums_of_columns<T: WithDType>(values: &[T], columns: usize) -> Vec<T> {
+    let mut out = Output::new(columns);
+    let parts = out.parts();
+    for_each(columns.div_ceil(BLOCK_COLUMNS), values.len(), |block| {
+        let first = block * BLOCK_COLUMNS;
+        let range = first..columns.min(first + BLOCK_COLUMNS);
+        // SAFETY: the blocks do not overlap.
+        let to = unsafe { parts.part(range.clone()) };
+        vectorised(
+            #[inline(always)]
+            || {
+                let mut sums = [0.0; BLOCK_COLUMNS];
+                for row in values.chunks_exact(columns) {
+                    for (sum, value) in sums.iter_mut().zip(&row[range.clone()]) {
+                        *sum += value.to_f64();
+                    }
+                }
+                for (to, sum) in to.iter_mut().zip(sums) {
+                    to.write(T::from_f64(sum));
+                }
+            },
+        );
+    });
+    // SAFETY: the blocks have every column.
+    unsafe { out.finish() }
 }
 
 /// A matrix in a slice: where the next row begins, and the next column.

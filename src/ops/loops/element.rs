@@ -141,7 +141,7 @@ pub(crate) struct NoMask;
 #[derive(Clone, Copy)]
 pub(crate) struct FromInput;
 
-/// The mask read from `y`: where a residual took part in it, or a maximum over windows.
+/// The mask read from `y`: where a residual took part in it.
 #[derive(Clone, Copy)]
 pub(crate) struct FromOutput;
 

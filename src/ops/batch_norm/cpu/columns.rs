@@ -18,8 +18,8 @@ const FEWEST_ROWS: usize = 64;
 /// Columns of a group, about: its rows are long enough to be read in a stream.
 const GROUP: usize = 1024;
 
-/// Columns that are summed side by side.
-const STRIP: usize = 128;
+/// Columns that are summed side by side: a page of a matrix this wide is read from end to end.
+const STRIP: usize = 256;
 
 /// Numbers where registers are loaded from one line of the cache.
 #[repr(align(64))]

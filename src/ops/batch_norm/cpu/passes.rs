@@ -175,6 +175,9 @@ pub(super) fn statistics<L: Summing, T: Element>(tiling: &L, spec: &Spec, x: &[T
     })
 }
 
+/// What is computed for a channel takes as long as so many of its values.
+const PER_CHANNEL: usize = 16;
+
 /// The forward pass with given statistics.
 pub(super) fn forward_given<L: Tiling, T: Element>(
     tiling: &L,
@@ -205,8 +208,8 @@ fn given_rows<L: Tiling, A: Real>(
     mean: &[f64],
     var: &[f64],
 ) -> Vec<ChannelRow<L, A>> {
-    let Division { groups, values, .. } = tiling.division();
-    parallel::map(groups, values, |group| {
+    let channels = spec.dims.c * PER_CHANNEL;
+    parallel::map(tiling.division().groups, channels, |group| {
         vectorised(
             #[inline(always)]
             || {

@@ -14,8 +14,10 @@ mod scratch;
 mod vector;
 
 use super::Spec;
+use crate::ops::loops::lanes::{total, LANES};
 use crate::ops::output::Output;
 use crate::ops::parallel::{for_each, map};
+use crate::ops::slices::vectorised;
 use crate::ops::weighted::{Grads, Wants, Weighted};
 use gradients::{Sums, ToInput, ToWeight};
 use kernel::Element;
@@ -134,9 +136,15 @@ fn backward<T: Element>(job: &Backward<T>) -> Grads<Vec<T>> {
         };
         for image in task * spec.n / tasks..(task + 1) * spec.n / tasks {
             let dy = &job.dy[image * spec.outputs()..][..spec.outputs()];
-            for (sum, dy) in sum.dbias.iter_mut().zip(dy.chunks_exact(spec.oh * spec.ow)) {
-                *sum += sum_of(dy);
-            }
+            vectorised(
+                #[inline(always)]
+                || {
+                    let planes = dy.chunks_exact(spec.oh * spec.ow);
+                    for (sum, plane) in sum.dbias.iter_mut().zip(planes) {
+                        *sum += sum_of(plane);
+                    }
+                },
+            );
             if let Some(to_weight) = &to_weight {
                 let x = &job.x[image * spec.inputs()..][..spec.inputs()];
                 to_weight.add(x, dy, &mut sum.dweight);
@@ -158,14 +166,14 @@ fn backward<T: Element>(job: &Backward<T>) -> Grads<Vec<T>> {
     }
 }
 
+#[inline(always)]
 fn sum_of<T: Element>(values: &[T]) -> f64 {
-    let mut sums = [0.0; 8];
-    let chunks = values.chunks_exact(8);
-    let rest = chunks.remainder();
+    let mut lanes = [0.0; LANES];
+    let (chunks, rest) = values.as_chunks::<LANES>();
     for chunk in chunks {
-        for (sum, value) in sums.iter_mut().zip(chunk) {
-            *sum += value.to_f64();
+        for (lane, value) in lanes.iter_mut().zip(chunk) {
+            *lane += value.to_f64();
         }
     }
-    sums.iter().sum::<f64>() + rest.iter().map(|value| value.to_f64()).sum::<f64>()
+    total(&lanes) + rest.iter().map(|value| value.to_f64()).sum::<f64>()
 }
