@@ -76,7 +76,7 @@ pub(crate) trait Element: Copy + PartialOrd + Default + Send + Sync + 'static {
 
 /// The ranges of `len` values that are converted at once.
 #[inline(always)]
-pub(super) fn chunks<T: Element>(len: usize) -> impl Iterator<Item = Range<usize>> {
+pub(crate) fn chunks<T: Element>(len: usize) -> impl Iterator<Item = Range<usize>> {
     let starts = (0..len).step_by(T::CHUNK);
     starts.map(
         #[inline(always)]

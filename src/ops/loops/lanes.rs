@@ -19,30 +19,33 @@ struct Sum<const APART: bool> {
 
 /// On cache lines: where a register is stored across two of them, the next one to read it waits too.
 #[repr(align(64))]
-struct Lanes([f64; LANES]);
+pub(crate) struct Lanes(pub [f64; LANES]);
+
+impl Lanes {
+    #[inline(always)]
+    pub fn new() -> Self {
+        Self([0.0; LANES])
+    }
+}
 
 impl<const APART: bool> Sum<APART> {
     #[inline(always)]
     fn new() -> Self {
         Self {
-            whole: Lanes([0.0; LANES]),
-            short: Lanes([0.0; LANES]),
+            whole: Lanes::new(),
+            short: Lanes::new(),
         }
     }
 
-    /// The lanes for a block of [`blocks`].
+    /// The lanes for `len` values at the end of a slice.
     #[inline(always)]
-    fn lanes(&mut self, block: &Block) -> &mut [f64] {
-        if block.is_whole {
-            &mut self.whole.0
+    fn rest(&mut self, len: usize) -> &mut [f64] {
+        let to = if APART {
+            &mut self.short
         } else {
-            let to = if APART {
-                &mut self.short
-            } else {
-                &mut self.whole
-            };
-            &mut to.0[..block.range.len()]
-        }
+            &mut self.whole
+        };
+        &mut to.0[..len]
     }
 
     #[inline(always)]
@@ -69,29 +72,16 @@ pub(crate) fn total(lanes: &[f64; LANES]) -> f64 {
     ((a + b) + (c + d)) + ((e + f) + (g + h))
 }
 
-/// Values that are added up side by side.
-pub(crate) struct Block {
-    pub range: Range<usize>,
-    /// There are [`LANES`] of them, which the compiler then knows.
-    is_whole: bool,
-}
-
-/// Calls `f`, which has to be inlined, with the blocks of a slice of `len` values: whole ones, and what is left.
+/// Calls `f`, which has to be inlined, with the ranges of [`LANES`] of `len` values, and with what is left.
 #[inline(always)]
-pub(crate) fn blocks(len: usize, mut f: impl FnMut(Block)) {
+pub(crate) fn blocks(len: usize, mut f: impl FnMut(Range<usize>)) {
     let mut start = 0;
     while start + LANES <= len {
-        f(Block {
-            range: start..start + LANES,
-            is_whole: true,
-        });
+        f(start..start + LANES);
         start += LANES;
     }
     if start < len {
-        f(Block {
-            range: start..len,
-            is_whole: false,
-        });
+        f(start..len);
     }
 }
 
@@ -114,12 +104,12 @@ impl<const APART: bool> Sum<APART> {
 }
 
 /// `Σd` and `Σd²` of the distances `d` from a pivot.
-struct Distances {
-    sum: Sum<true>,
-    squares: Sum<true>,
+struct Distances<const APART: bool> {
+    sum: Sum<APART>,
+    squares: Sum<APART>,
 }
 
-impl Distances {
+impl<const APART: bool> Distances<APART> {
     #[inline(always)]
     fn new() -> Self {
         Self {
@@ -131,19 +121,25 @@ impl Distances {
     #[inline(always)]
     fn add<T: Element>(&mut self, values: &[T], pivot: f64) {
         let mut room = T::ROOM;
-        blocks(
-            values.len(),
-            #[inline(always)]
-            |block| {
-                let (sums, squares) = (self.sum.lanes(&block), self.squares.lanes(&block));
-                let values = T::load(&values[block.range], &mut room);
-                for i in 0..sums.len() {
-                    let distance = values(i).to_f64() - pivot;
-                    sums[i] += distance;
-                    squares[i] += distance * distance;
-                }
-            },
-        );
+        let chunks = values.chunks_exact(LANES);
+        let rest = chunks.remainder();
+        for chunk in chunks {
+            let sums = &mut self.sum.whole.0[..chunk.len()];
+            let squares = &mut self.squares.whole.0[..chunk.len()];
+            let values = T::load(chunk, &mut room);
+            for i in 0..chunk.len() {
+                let distance = values(i).to_f64() - pivot;
+                sums[i] += distance;
+                squares[i] += distance * distance;
+            }
+        }
+        let (sums, squares) = (self.sum.rest(rest.len()), self.squares.rest(rest.len()));
+        let values = T::load(rest, &mut room);
+        for i in 0..rest.len() {
+            let distance = values(i).to_f64() - pivot;
+            sums[i] += distance;
+            squares[i] += distance * distance;
+        }
     }
 }
 
@@ -154,7 +150,7 @@ impl Distances {
 /// loses no more than the digits of m.
 #[inline(always)]
 pub(crate) fn spread(sum: f64, squares: f64, m: f64) -> f64 {
-    let spread = squares - sum * sum / m;
+    let spread = squares - sum * sum * (1.0 / m);
     // A NaN stays.
     if spread < 0.0 {
         0.0
@@ -167,7 +163,7 @@ pub(crate) fn spread(sum: f64, squares: f64, m: f64) -> f64 {
 /// that they stand in, again with each call. (Loops over it, for what iterators do inside is not compiled for
 /// wide registers.)
 #[inline(always)]
-pub(crate) fn moments<'a, T: Element, I: Iterator<Item = &'a [T]>>(
+pub(crate) fn moments<'a, const APART: bool, T: Element, I: Iterator<Item = &'a [T]>>(
     runs: impl Fn() -> I,
     m: f64,
     remove_mean: bool,
@@ -175,22 +171,22 @@ pub(crate) fn moments<'a, T: Element, I: Iterator<Item = &'a [T]>>(
     // With the first value taken off, the mean of constant values is exactly their value.
     let first = || runs().next().map_or(0.0, |run| run[0].to_f64());
     if T::SQUARES_FIT && remove_mean {
-        let (pivot, mut distances) = (first(), Distances::new());
+        let (pivot, mut distances) = (first(), Distances::<APART>::new());
         for run in runs() {
             distances.add(run, pivot);
         }
         let (sum, squares) = (distances.sum.total(), distances.squares.total());
-        return (pivot + sum / m, spread(sum, squares, m));
+        return (pivot + sum * (1.0 / m), spread(sum, squares, m));
     }
     let mut mean = 0.0;
     if remove_mean {
-        let (pivot, mut sum) = (first(), Sum::<true>::new());
+        let (pivot, mut sum) = (first(), Sum::<APART>::new());
         for run in runs() {
             sum.add(run, |x| x - pivot);
         }
-        mean = pivot + sum.total() / m;
+        mean = pivot + sum.total() * (1.0 / m);
     }
-    let mut squares = Sum::<true>::new();
+    let mut squares = Sum::<APART>::new();
     for run in runs() {
         squares.add(run, |x| (x - mean) * (x - mean));
     }
@@ -226,19 +222,25 @@ impl<const APART: bool> GradSums<APART> {
         mean: f64,
     ) {
         let mut rooms = [T::ROOM; 3];
-        blocks(
-            slice.x.len(),
-            #[inline(always)]
-            |block| {
-                let (gs, gxs) = (self.g.lanes(&block), self.gx.lanes(&block));
-                let values = slice.part(block.range);
-                let load = values.load::<M>(&mut rooms);
-                for i in 0..gs.len() {
-                    let (x, g) = load(i, channel);
-                    gs[i] += g.to_f64();
-                    gxs[i] += g.to_f64() * (x.to_f64() - mean);
-                }
-            },
-        );
+        let mut left = *slice;
+        while left.x.len() >= LANES {
+            let values = left.part(0..LANES);
+            let load = values.load::<M>(&mut rooms);
+            let (gs, gxs) = (&mut self.g.whole.0, &mut self.gx.whole.0);
+            for i in 0..values.x.len() {
+                let (x, g) = load(i, channel);
+                gs[i] += g.to_f64();
+                gxs[i] += g.to_f64() * (x.to_f64() - mean);
+            }
+            left = left.part(LANES..left.x.len());
+        }
+        let len = left.x.len();
+        let (gs, gxs) = (self.g.rest(len), self.gx.rest(len));
+        let load = left.load::<M>(&mut rooms);
+        for i in 0..len {
+            let (x, g) = load(i, channel);
+            gs[i] += g.to_f64();
+            gxs[i] += g.to_f64() * (x.to_f64() - mean);
+        }
     }
 }

@@ -143,7 +143,7 @@ impl<const POOLED: bool> Summing for AnyPlanes<POOLED> {
             )
         };
         let m = self.values(tile.part) as f64;
-        let (mean, squares) = moments(runs, m, remove_mean);
+        let (mean, squares) = moments::<true, _, _>(runs, m, remove_mean);
         Pair([mean], [squares])
     }
 

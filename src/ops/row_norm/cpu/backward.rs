@@ -7,9 +7,9 @@ use super::affine::{Affine, ByPlane, ByValue, Row, RowGrad};
 use super::blocks::Blocks;
 use super::{Backward, Grads, Spec};
 use crate::dims::Rows;
-use crate::ops::loops::convert::{Element, Real};
+use crate::ops::loops::convert::{chunks, Element, Real};
 use crate::ops::loops::element::{Channels, Mask, Same, Slice};
-use crate::ops::loops::lanes::{blocks, total, GradSums, LANES};
+use crate::ops::loops::lanes::{blocks, total, GradSums, Lanes};
 use crate::ops::output::{Output, Parts};
 use crate::ops::parallel;
 use crate::ops::slices::vectorised;
@@ -39,7 +39,40 @@ pub(super) fn planes<T: Element, M: Mask<T>>(job: &Backward<T>, affine: &ByPlane
     let mut dx = job.wants.dx.then(|| Output::new(job.x.len()));
     let dx_parts = dx.as_mut().map(Output::parts);
     let blocks = Blocks::new(spec.rows);
-    let groups = blocks.division().sweep(
+    let division = blocks.division();
+    if division.parts == 1 {
+        let planes = parallel::map(division.groups, division.values, |block| {
+            vectorised(
+                #[inline(always)]
+                || {
+                    let (mut sums, mut planes) = (Vec::new(), Vec::new());
+                    for batch in blocks.batches(block) {
+                        sums.clear();
+                        for index in batch.clone() {
+                            let (row, run) = (saved_row(job, index), blocks.row(index));
+                            let (start, slice) = (run.start % sample, slice(job, run));
+                            sums.push(plane_sums::<T, M>(affine, &row, start, &slice, &mut planes));
+                        }
+                        let Some(parts) = dx_parts else { continue };
+                        for (sums, index) in sums.iter().zip(batch) {
+                            let (row, run) = (&saved_row(job, index), blocks.row(index));
+                            // SAFETY: the rows do not overlap.
+                            let dx = unsafe { parts.part(run.clone()) };
+                            let (start, slice) = (run.start % sample, slice(job, run));
+                            write_dx::<T, M, _>(spec, affine, row, *sums, start, &slice, dx);
+                        }
+                    }
+                    planes
+                },
+            )
+        });
+        return Grads {
+            // SAFETY: the blocks have all rows.
+            dx: dx.map(|dx| unsafe { dx.finish() }),
+            dparams: (job.wants.dparams).then(|| by_channel(spec, planes.iter().flatten())),
+        };
+    }
+    let groups = division.sweep(
         |tile| {
             vectorised(
                 #[inline(always)]
@@ -161,6 +194,9 @@ const SAMPLES: usize = 8;
 /// And so many values.
 const CHUNK: usize = 1 << 15;
 
+/// There are not more of such sums than these, for they are added up in the end.
+const CHUNKS: usize = 64;
+
 /// The backward pass where each value of a sample has a weight and a bias of its own.
 pub(super) fn values<T: Element, M: Mask<T>>(
     job: &Backward<T>,
@@ -170,9 +206,12 @@ pub(super) fn values<T: Element, M: Mask<T>>(
     let sample = c * s;
     let mut dx = job.wants.dx.then(|| Output::new(job.x.len()));
     let dx_parts = dx.as_mut().map(Output::parts);
-    let of_chunk = CHUNK.div_ceil(sample).max(n.div_ceil(SAMPLES).min(SAMPLES));
-    let chunks = parallel::map(n.div_ceil(of_chunk), job.x.len(), |chunk| {
-        let (mut dweight, mut dbias) = (vec![0.0; sample], vec![0.0; sample]);
+    let of_chunk = CHUNK
+        .div_ceil(sample)
+        .max(n.div_ceil(SAMPLES).min(SAMPLES))
+        .max(n.div_ceil(CHUNKS));
+    let parts = parallel::map(n.div_ceil(of_chunk), job.x.len(), |chunk| {
+        let mut sums = (job.wants.dparams).then(|| [vec![0.0; sample], vec![0.0; sample]]);
         let samples = chunk * of_chunk..n.min((chunk + 1) * of_chunk);
         vectorised(
             #[inline(always)]
@@ -180,19 +219,21 @@ pub(super) fn values<T: Element, M: Mask<T>>(
                 for index in samples.start * groups..samples.end * groups {
                     let columns = index % groups * (sample / groups);
                     let columns = columns..columns + sample / groups;
-                    let dparams = (&mut dweight[columns.clone()], &mut dbias[columns]);
+                    let dparams = sums.as_mut().map(|[dweight, dbias]| {
+                        (&mut dweight[columns.clone()], &mut dbias[columns])
+                    });
                     // SAFETY: no two chunks have a sample in common.
                     unsafe { row::<T, M>(job, affine, index, dparams, dx_parts) }
                 }
             },
         );
-        [dweight, dbias]
+        sums
     });
     let dparams = || {
         let mut dparams = Vec::with_capacity(2 * c);
         for index in 0..2 {
             let mut total = vec![0.0; sample];
-            for sums in &chunks {
+            for sums in parts.iter().flatten() {
                 for i in 0..sample {
                     total[i] += sums[index][i];
                 }
@@ -217,7 +258,7 @@ unsafe fn row<T: Element, M: Mask<T>>(
     job: &Backward<T>,
     affine: &ByValue<T::Real>,
     index: usize,
-    (dweight, dbias): (&mut [f64], &mut [f64]),
+    dparams: Option<(&mut [f64], &mut [f64])>,
     dx: Option<Parts<T>>,
 ) {
     let (groups, len) = (job.spec.rows.groups, job.spec.rows.len());
@@ -226,28 +267,39 @@ unsafe fn row<T: Element, M: Mask<T>>(
     let slice = slice(job, run.clone());
     let channels = affine.channels(row, start..start + len);
     let mut rooms = [T::ROOM; 3];
-    let (mut h, mut hx) = ([0.0; LANES], [0.0; LANES]);
+    let (mut h, mut hx) = (Lanes::new(), Lanes::new());
     blocks(
         len,
         #[inline(always)]
-        |block| {
-            let (range, len) = (block.range.clone(), block.range.len());
+        |range| {
+            let len = range.len();
             let channels = channels.part(range.clone());
-            let (dweight, dbias) = (&mut dweight[range.clone()], &mut dbias[range.clone()]);
             let values = slice.part(range);
             let load = values.load::<M>(&mut rooms);
-            let (h, hx) = (&mut h[..len], &mut hx[..len]);
+            let (h, hx) = (&mut h.0[..len], &mut hx.0[..len]);
             for i in 0..len {
                 let (x, g) = load(i, &channels.at(i));
                 let (weight, g) = (channels.weight[i].to_f64(), g.to_f64());
-                let gx = g * (x.to_f64() - row.mean);
                 h[i] += weight * g;
-                hx[i] += weight * gx;
-                dweight[i] += row.rstd * gx;
-                dbias[i] += g;
+                hx[i] += weight * (g * (x.to_f64() - row.mean));
             }
         },
     );
+    // In a loop of its own, for so many sums at once are slower.
+    if let Some((dweight, dbias)) = dparams {
+        for range in chunks::<T>(len) {
+            let channels = channels.part(range.clone());
+            let (dweight, dbias) = (&mut dweight[range.clone()], &mut dbias[range.clone()]);
+            let values = slice.part(range.clone());
+            let load = values.load::<M>(&mut rooms);
+            for i in 0..range.len() {
+                let (x, g) = load(i, &channels.at(i));
+                let g = g.to_f64();
+                dweight[i] += row.rstd * (g * (x.to_f64() - row.mean));
+                dbias[i] += g;
+            }
+        }
+    }
     if let Some(parts) = dx {
         // SAFETY: the caller promises it.
         let dx = unsafe { parts.part(run) };
@@ -255,7 +307,7 @@ unsafe fn row<T: Element, M: Mask<T>>(
             job.spec,
             affine,
             row,
-            (total(&h), total(&hx)),
+            (total(&h.0), total(&hx.0)),
             start,
             &slice,
             dx,

@@ -5,6 +5,9 @@ use std::ops::Range;
 use crate::dims::Rows;
 use crate::ops::loops::sweep::{Division, Tile, PART};
 
+/// Values of a batch of short rows, about.
+const BATCH: usize = 1 << 10;
+
 /// Neighbouring rows in blocks of about [`PART`] values: several short ones, or a long one in parts.
 #[derive(Clone, Copy)]
 pub(super) struct Blocks {
@@ -45,6 +48,26 @@ impl Blocks {
             1 => PART,
             _ => self.rows.len(),
         })
+    }
+
+    /// The rows of a block in batches, the values of which are read and soon read again to be written.
+    ///
+    /// A single row is one too: where one is written while the next one is fetched, memory has work all the time.
+    /// Short ones are several, that their roots and quotients need not be waited for one by one.
+    #[inline(always)]
+    pub fn batches(&self, block: usize) -> impl Iterator<Item = Range<usize>> {
+        let first = block * self.rows_of_block;
+        let end = first + self.rows(block);
+        let step = (BATCH / self.rows.len()).max(1);
+        (first..end)
+            .step_by(step)
+            .map(move |row| row..end.min(row + step))
+    }
+
+    /// The values of a whole row.
+    #[inline(always)]
+    pub fn row(&self, row: usize) -> Range<usize> {
+        row * self.rows.len()..(row + 1) * self.rows.len()
     }
 
     /// The rows of a tile, as far as they are part of it: ranges of the tensor.

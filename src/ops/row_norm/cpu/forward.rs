@@ -9,6 +9,7 @@ use crate::ops::loops::convert::{Element, Real};
 use crate::ops::loops::element::write_y;
 use crate::ops::loops::lanes::moments;
 use crate::ops::output::Output;
+use crate::ops::parallel;
 use crate::ops::slices::vectorised;
 use crate::ops::Activation;
 
@@ -21,7 +22,34 @@ pub(super) fn forward<T: Element, P: Affine<T::Real>>(
     let mut y = Output::new(x.len());
     let y_parts = y.parts();
     let blocks = Blocks::new(spec.rows);
-    let rows = blocks.division().sweep(
+    let division = blocks.division();
+    if division.parts == 1 {
+        let rows = parallel::map(division.groups, division.values, |block| {
+            vectorised(
+                #[inline(always)]
+                || {
+                    let mut rows = Vec::with_capacity(blocks.rows(block));
+                    for batch in blocks.batches(block) {
+                        let known = rows.len();
+                        for row in batch.clone() {
+                            rows.push(statistics(spec, &x[blocks.row(row)]));
+                        }
+                        for (row, index) in rows[known..].iter().zip(batch) {
+                            let run = blocks.row(index);
+                            // SAFETY: the rows do not overlap.
+                            let y = unsafe { y_parts.part(run.clone()) };
+                            let start = run.start % sample;
+                            write_row(affine, row, start, &x[run], y, spec.activation);
+                        }
+                    }
+                    rows
+                },
+            )
+        });
+        // SAFETY: the blocks have all rows.
+        return (unsafe { y.finish() }, saved(rows.iter().flatten()));
+    }
+    let rows = division.sweep(
         |tile| {
             vectorised(
                 #[inline(always)]
@@ -31,7 +59,11 @@ pub(super) fn forward<T: Element, P: Affine<T::Real>>(
                     // Not by an iterator, whose insides would not be compiled for wide registers.
                     for run in blocks.runs(tile) {
                         let x = &x[run];
-                        rows.push(moments(|| std::iter::once(x), m, spec.remove_mean));
+                        rows.push(moments::<false, _, _>(
+                            || std::iter::once(x),
+                            m,
+                            spec.remove_mean,
+                        ));
                     }
                     rows
                 },
@@ -86,8 +118,8 @@ pub(super) fn write_row<T: Element, P: Affine<T::Real>>(
 #[inline(always)]
 pub(super) fn statistics<T: Element>(spec: &Spec, x: &[T]) -> Row<T::Real> {
     let m = x.len() as f64;
-    let (mean, squares) = moments(|| std::iter::once(x), m, spec.remove_mean);
-    Row::new(spec, mean, squares / m)
+    let (mean, squares) = moments::<false, _, _>(|| std::iter::once(x), m, spec.remove_mean);
+    Row::new(spec, mean, squares * (1.0 / m))
 }
 
 /// `[2, rows]`
