@@ -24,17 +24,26 @@ pub(super) fn forward<T: Element, P: Affine<T::Real>>(
     let blocks = Blocks::new(spec.rows);
     let division = blocks.division();
     if division.parts == 1 {
-        let rows = parallel::map(division.groups, division.values, |block| {
+        let count = spec.rows.rows();
+        let mut stats = Output::new(2 * count);
+        let stats_parts = stats.parts();
+        parallel::for_each(division.groups, division.values, |block| {
             vectorised(
                 #[inline(always)]
                 || {
-                    let mut rows = Vec::with_capacity(blocks.rows(block));
+                    let mut rows = Vec::new();
                     for batch in blocks.batches(block) {
-                        let known = rows.len();
-                        for row in batch.clone() {
-                            rows.push(statistics(spec, &x[blocks.row(row)]));
+                        rows.clear();
+                        for index in batch.clone() {
+                            let row = statistics(spec, &x[blocks.row(index)]);
+                            // SAFETY: each row has a place of its own for both.
+                            unsafe {
+                                stats_parts.write(index, row.mean);
+                                stats_parts.write(count + index, row.var);
+                            }
+                            rows.push(row);
                         }
-                        for (row, index) in rows[known..].iter().zip(batch) {
+                        for (row, index) in rows.iter().zip(batch) {
                             let run = blocks.row(index);
                             // SAFETY: the rows do not overlap.
                             let y = unsafe { y_parts.part(run.clone()) };
@@ -42,12 +51,11 @@ pub(super) fn forward<T: Element, P: Affine<T::Real>>(
                             write_row(affine, row, start, &x[run], y, spec.activation);
                         }
                     }
-                    rows
                 },
             )
         });
         // SAFETY: the blocks have all rows.
-        return (unsafe { y.finish() }, saved(rows.iter().flatten()));
+        return unsafe { (y.finish(), stats.finish()) };
     }
     let rows = division.sweep(
         |tile| {
