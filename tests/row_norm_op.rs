@@ -3,8 +3,8 @@
 mod common;
 
 use candle_batch_norm::ops::{
-    group_norm, group_norm_vjp, instance_norm, layer_norm, layer_norm_vjp, rms_norm, rms_norm_vjp,
-    RowNormArgs,
+    batch_norm_train, group_norm, group_norm_vjp, instance_norm, layer_norm, layer_norm_vjp,
+    rms_norm, rms_norm_vjp, BatchNormArgs, RowNormArgs,
 };
 use candle_batch_norm::Activation;
 use candle_core::{DType, Device, Result, Tensor, Var};
@@ -174,6 +174,7 @@ fn layer_norm_is_its_closed_form() -> Result<()> {
                 (2, 8193),
                 (40, 1000),
                 (1, 40_000),
+                (4200, 520),
             ] {
                 for (relu, affine, rms) in [
                     (false, true, false),
@@ -433,6 +434,48 @@ fn a_row_of_constants_gives_exactly_the_bias() -> Result<()> {
                 let bias = values(&bias)?;
                 for (i, y) in y.iter().enumerate() {
                     assert_eq!(*y, bias[i / s % 6], "{dtype:?} {shape:?}");
+                }
+            }
+        }
+    }
+    Ok(())
+}
+
+/// Values at the mean are at the kink of the ReLU: were the mean off by the last bit of an F64, they would let
+/// gradients through.
+#[test]
+fn a_mean_that_is_a_number_of_the_dtype_is_exactly_that() -> Result<()> {
+    for device in devices() {
+        for dtype in DTYPES {
+            // The quotient of these counts and themselves is 1, their product with the reciprocal is not.
+            for m in [49, 98, 103, 196] {
+                let mut x = vec![1.0; m];
+                (x[0], x[m - 1]) = (0.0, 2.0);
+                let x = tensor(&x, &[1, 1, m], dtype, &device)?;
+                let (weight, bias) = (
+                    var(&[1.0], &[1], dtype, &device)?,
+                    var(&[0.0], &[1], dtype, &device)?,
+                );
+                let rows = RowNormArgs {
+                    weight: Some(&weight),
+                    bias: Some(&bias),
+                    activation: Activation::Relu,
+                    ..RowNormArgs::new()
+                };
+                let channels = BatchNormArgs {
+                    weight: Some(&weight),
+                    bias: Some(&bias),
+                    activation: Activation::Relu,
+                    ..BatchNormArgs::new()
+                };
+                for (what, y) in [
+                    ("group norm", group_norm(&x, 1, &rows)?),
+                    ("batch norm", batch_norm_train(&x, &channels)?.0),
+                ] {
+                    let above = values(&y)?.iter().filter(|&&y| y > 0.0).count();
+                    let grads = y.sum_all()?.backward()?;
+                    let dbias = values(grads.get(&bias).expect("a gradient"))?;
+                    assert_eq!((above, dbias[0]), (1, 1.0), "{what} {dtype:?} {m}");
                 }
             }
         }

@@ -4,12 +4,12 @@ use candle_core::{DType, Result, Tensor, WithDType};
 
 use super::slices::{self, dispatch};
 
-/// Both, as a backend leaves them, in the dtype of the parameters.
+/// Both, in the dtype of the parameters.
 pub(super) enum ParamGrads {
     /// As one tensor, `[2, c]`.
     #[cfg_attr(not(feature = "cuda"), expect(dead_code))]
     Stacked(Tensor),
-    /// `[c]` each.
+    /// `[c]` each, with memory of its own.
     Apart([Tensor; 2]),
 }
 

@@ -71,7 +71,7 @@ impl BatchNormOp {
                 .to_dtype(x.dtype())?
                 .reshape(x.shape())
         };
-        let dparam = |t: &Tensor| t.reshape(c)?.to_dtype(second.dtype());
+        let dparam = |t: &Tensor| t.reshape(c)?.to_dtype(second.dtype())?.copy();
         Ok(TensorGrads {
             dx: wants.dx.then(dx).transpose()?,
             dparams: match wants.dparams {

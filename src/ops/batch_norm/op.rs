@@ -161,8 +161,8 @@ impl BatchNormOp {
         };
         Ok(match self.params {
             Slots::None => (dx, None, dresidual),
-            Slots::Weight => (dx, Some(dparams.get(Param::Weight)?), dresidual),
-            Slots::Bias => (dx, Some(dparams.get(Param::Bias)?), dresidual),
+            Slots::Weight => (dx, Some(dparams.alone(Param::Weight)?), dresidual),
+            Slots::Bias => (dx, Some(dparams.alone(Param::Bias)?), dresidual),
             Slots::Both => (
                 dx,
                 Some(dparams.alone(Param::Weight)?),

@@ -7,7 +7,7 @@ use gemm::Parallelism;
 
 use super::Spec;
 use crate::ops::output::{Output, Parts};
-use crate::ops::parallel::for_each;
+use crate::ops::parallel::{for_each, map};
 use crate::ops::slices::vectorised;
 use crate::ops::weighted::{Grads, Wants, Weighted};
 
@@ -56,33 +56,34 @@ impl<T: WithDType> Weighted<T> for Spec {
     }
 }
 
+/// So many values of a matrix are one task's, about, where its columns are summed up.
+const PART: usize = 1 << 14;
+
 /// The sum of each column of a matrix, in F64 and rounded once.
 fn sums_of_columns<T: WithDType>(values: &[T], columns: usize) -> Vec<T> {
-    let mut out = Output::new(columns);
-    let parts = out.parts();
-    for_each(columns.div_ceil(BLOCK_COLUMNS), values.len(), |block| {
-        let first = block * BLOCK_COLUMNS;
-        let range = first..columns.min(first + BLOCK_COLUMNS);
-        // SAFETY: the blocks do not overlap.
-        let to = unsafe { parts.part(range.clone()) };
+    let rows = values.len() / columns.max(1);
+    let of_part = PART.div_ceil(columns.max(1)).max(rows.div_ceil(MOST_PARTS));
+    let parts = map(rows.div_ceil(of_part.max(1)), values.len(), |part| {
+        let range = part * of_part * columns..values.len().min((part + 1) * of_part * columns);
+        let mut sums = vec![0.0; columns];
         vectorised(
             #[inline(always)]
             || {
-                let mut sums = [0.0; BLOCK_COLUMNS];
-                for row in values.chunks_exact(columns) {
-                    for (sum, value) in sums.iter_mut().zip(&row[range.clone()]) {
+                for row in values[range].chunks_exact(columns) {
+                    for (sum, value) in sums.iter_mut().zip(row) {
                         *sum += value.to_f64();
                     }
                 }
-                for (to, sum) in to.iter_mut().zip(sums) {
-                    to.write(T::from_f64(sum));
-                }
             },
         );
+        sums
     });
-    // SAFETY: the blocks have every column.
-    unsafe { out.finish() }
+    let sum = |column: usize| T::from_f64(parts.iter().map(|sums| sums[column]).sum());
+    (0..columns).map(sum).collect()
 }
+
+/// The sums of not more parts are added up in the end.
+const MOST_PARTS: usize = 64;
 
 /// A matrix in a slice: where the next row begins, and the next column.
 #[derive(Clone, Copy)]

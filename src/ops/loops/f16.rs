@@ -44,7 +44,7 @@ impl Element for f16 {
 }
 
 /// Enough to make little of what a chunk costs, and few enough to stay in the nearest cache.
-const CHUNK: usize = 256;
+const CHUNK: usize = 256; // at least a strip of columns
 
 /// Converts a chunk and writes all of `reals`. The detection is remembered, and costs no more than a
 /// look at a flag.

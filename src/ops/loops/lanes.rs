@@ -10,8 +10,8 @@ pub(crate) const LANES: usize = 32;
 
 /// A sum in `f64`, added up in a fixed order.
 ///
-/// Where it goes on behind a short block, the values of short ones are to be added up `APART`: were they added to
-/// the lanes of the others, those would be written by parts and read as a whole, for which a core has to wait.
+/// Where it goes on behind the rest of a slice, rests are to be added up `APART`: were they added to the lanes of
+/// the others, those would be written by parts and read as a whole, for which a core has to wait.
 struct Sum<const APART: bool> {
     whole: Lanes,
     short: Lanes,
@@ -91,7 +91,7 @@ impl<const APART: bool> Sum<APART> {
     fn add<T: Element>(&mut self, values: &[T], f: impl Fn(f64) -> f64) {
         const { assert!(LANES <= T::CHUNK) };
         let mut room = T::ROOM;
-        // Not in `blocks`: the compiler writes out a loop over so few values with so little to do, one by one,
+        // Not in chunks of a length that it knows: the compiler writes out a loop over so few values with so little to do, one by one,
         // before it thinks of wide registers.
         for chunk in values.chunks(LANES) {
             let lanes = &mut self.whole.0[..chunk.len()];
@@ -121,6 +121,8 @@ impl<const APART: bool> Distances<APART> {
     #[inline(always)]
     fn add<T: Element>(&mut self, values: &[T], pivot: f64) {
         let mut room = T::ROOM;
+        const { assert!(LANES <= T::CHUNK) };
+        // Whole chunks in a loop without a case for the rest: the compiler makes more of it.
         let chunks = values.chunks_exact(LANES);
         let rest = chunks.remainder();
         for chunk in chunks {
@@ -150,7 +152,7 @@ impl<const APART: bool> Distances<APART> {
 /// loses no more than the digits of m.
 #[inline(always)]
 pub(crate) fn spread(sum: f64, squares: f64, m: f64) -> f64 {
-    let spread = squares - sum * sum * (1.0 / m);
+    let spread = squares - sum * sum / m;
     // A NaN stays.
     if spread < 0.0 {
         0.0
@@ -176,17 +178,17 @@ pub(crate) fn moments<'a, const APART: bool, T: Element, I: Iterator<Item = &'a 
             distances.add(run, pivot);
         }
         let (sum, squares) = (distances.sum.total(), distances.squares.total());
-        return (pivot + sum * (1.0 / m), spread(sum, squares, m));
+        return (pivot + sum / m, spread(sum, squares, m));
     }
     let mut mean = 0.0;
     if remove_mean {
-        let (pivot, mut sum) = (first(), Sum::<APART>::new());
+        let (pivot, mut sum) = (first(), Sum::<false>::new());
         for run in runs() {
             sum.add(run, |x| x - pivot);
         }
-        mean = pivot + sum.total() * (1.0 / m);
+        mean = pivot + sum.total() / m;
     }
-    let mut squares = Sum::<APART>::new();
+    let mut squares = Sum::<false>::new();
     for run in runs() {
         squares.add(run, |x| (x - mean) * (x - mean));
     }
@@ -222,6 +224,8 @@ impl<const APART: bool> GradSums<APART> {
         mean: f64,
     ) {
         let mut rooms = [T::ROOM; 3];
+        const { assert!(LANES <= T::CHUNK) };
+        // As for the distances.
         let mut left = *slice;
         while left.x.len() >= LANES {
             let values = left.part(0..LANES);

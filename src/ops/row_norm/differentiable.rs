@@ -65,8 +65,8 @@ impl RowNormOp {
             let (dweight, dbias) = (by_channel((&g * &normalised)?)?, by_channel(g.clone())?);
             let dtype = if self.has_weight { weight } else { bias }.dtype();
             Ok(ParamGrads::Apart([
-                dweight.to_dtype(dtype)?,
-                dbias.to_dtype(dtype)?,
+                dweight.to_dtype(dtype)?.copy()?,
+                dbias.to_dtype(dtype)?.copy()?,
             ]))
         };
         Ok(TensorGrads {

@@ -18,7 +18,8 @@ const FEWEST_ROWS: usize = 64;
 /// Columns of a group, about: its rows are long enough to be read in a stream.
 const GROUP: usize = 1024;
 
-/// Columns that are summed side by side: a page of a matrix this wide is read from end to end.
+/// Columns that are summed side by side: a matrix of not more is read from end to end, which other cores, where its
+/// values have just been computed, hand over faster than parts of its rows.
 const STRIP: usize = 256;
 
 /// Numbers where registers are loaded from one line of the cache.

@@ -46,13 +46,14 @@ pub(crate) struct Normalised<T> {
     pub maxima: Option<Vec<T>>,
 }
 
-/// Input of [`backward`]. All tensors are contiguous and `[n, c, s]`; with pooling, `dy`, `y` and `maxima` are as
-/// large as the output.
+/// Input of [`backward`]. All tensors are contiguous and `[n, c, s]`; with pooling, `dy` and `maxima` are as large
+/// as the output.
 pub(crate) struct Backward<'a, T> {
     pub spec: &'a Spec,
     pub x: &'a [T],
     pub dy: &'a [T],
-    /// The output, from which the ReLU's mask is read. Without it the mask is computed from `x`.
+    /// The output, from which the ReLU's mask is read, where a residual took part in it. Without it the mask is
+    /// computed from `x`, with pooling from `maxima`.
     pub y: Option<&'a [T]>,
     /// The pixels of `x` that became the output, where that is pooled.
     pub maxima: Option<&'a [T]>,

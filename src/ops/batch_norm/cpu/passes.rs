@@ -175,8 +175,8 @@ pub(super) fn statistics<L: Summing, T: Element>(tiling: &L, spec: &Spec, x: &[T
     })
 }
 
-/// What is computed for a channel takes as long as so many of its values.
-const PER_CHANNEL: usize = 16;
+/// What is computed for a number of a row takes as long as so many values of the tensor.
+const PER_NUMBER: usize = 16;
 
 /// The forward pass with given statistics.
 pub(super) fn forward_given<L: Tiling, T: Element>(
@@ -208,8 +208,8 @@ fn given_rows<L: Tiling, A: Real>(
     mean: &[f64],
     var: &[f64],
 ) -> Vec<ChannelRow<L, A>> {
-    let channels = spec.dims.c * PER_CHANNEL;
-    parallel::map(tiling.division().groups, channels, |group| {
+    let work = spec.dims.c * tiling.repeats() * PER_NUMBER;
+    parallel::map(tiling.division().groups, work, |group| {
         vectorised(
             #[inline(always)]
             || {

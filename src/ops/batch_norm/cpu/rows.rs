@@ -102,10 +102,11 @@ pub(super) fn merge_moments<L: Summing>(
         let means = mean.as_mut().chunks_exact_mut(repeats);
         for (means, vars) in means.zip(var.as_mut().chunks_exact_mut(repeats)) {
             let first = means[0];
-            let share = 1.0 / repeats as f64;
-            let mean = first + means.iter().map(|mean| mean - first).sum::<f64>() * share;
+            // Quotients, not products with the reciprocal: whole numbers stay what they are.
+            let count = repeats as f64;
+            let mean = first + means.iter().map(|mean| mean - first).sum::<f64>() / count;
             let spread = means.iter().map(|m| (m - mean) * (m - mean)).sum::<f64>();
-            let var = (vars.iter().sum::<f64>() + spread) * share;
+            let var = (vars.iter().sum::<f64>() + spread) / count;
             means.fill(mean);
             vars.fill(var);
         }

@@ -169,11 +169,10 @@ fn backward<T: Element>(job: &Backward<T>) -> Grads<Vec<T>> {
 #[inline(always)]
 fn sum_of<T: Element>(values: &[T]) -> f64 {
     let mut lanes = [0.0; LANES];
-    let (chunks, rest) = values.as_chunks::<LANES>();
-    for chunk in chunks {
+    for chunk in values.chunks(LANES) {
         for (lane, value) in lanes.iter_mut().zip(chunk) {
             *lane += value.to_f64();
         }
     }
-    total(&lanes) + rest.iter().map(|value| value.to_f64()).sum::<f64>()
+    total(&lanes)
 }

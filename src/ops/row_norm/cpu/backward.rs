@@ -45,18 +45,19 @@ pub(super) fn planes<T: Element, M: Mask<T>>(job: &Backward<T>, affine: &ByPlane
             vectorised(
                 #[inline(always)]
                 || {
-                    let (mut sums, mut planes) = (Vec::new(), Vec::new());
+                    let (mut rows, mut planes) = (Vec::new(), Vec::new());
                     for batch in blocks.batches(block) {
-                        sums.clear();
+                        rows.clear();
                         for index in batch.clone() {
                             let (row, run) = (saved_row(job, index), blocks.row(index));
                             let (start, slice) = (run.start % sample, slice(job, run));
-                            sums.push(plane_sums::<T, M>(affine, &row, start, &slice, &mut planes));
+                            let sums = plane_sums::<T, M>(affine, &row, start, &slice, &mut planes);
+                            rows.push((row, sums));
                         }
                         let Some(parts) = dx_parts else { continue };
-                        for (sums, index) in sums.iter().zip(batch) {
-                            let (row, run) = (&saved_row(job, index), blocks.row(index));
-                            // SAFETY: the rows do not overlap.
+                        for ((row, sums), index) in rows.iter().zip(batch) {
+                            let run = blocks.row(index);
+                            // SAFETY: each row is in one batch of one block; no two overlap.
                             let dx = unsafe { parts.part(run.clone()) };
                             let (start, slice) = (run.start % sample, slice(job, run));
                             write_dx::<T, M, _>(spec, affine, row, *sums, start, &slice, dx);
@@ -67,7 +68,7 @@ pub(super) fn planes<T: Element, M: Mask<T>>(job: &Backward<T>, affine: &ByPlane
             )
         });
         return Grads {
-            // SAFETY: the blocks have all rows.
+            // SAFETY: the blocks have all rows, of which each was written.
             dx: dx.map(|dx| unsafe { dx.finish() }),
             dparams: (job.wants.dparams).then(|| by_channel(spec, planes.iter().flatten())),
         };
@@ -191,10 +192,10 @@ pub(super) fn write_dx<T: Element, M: Mask<T>, P: Affine<T::Real>>(
 /// memory of an F32 tensor.
 const SAMPLES: usize = 8;
 
-/// And so many values.
+/// Samples of at least so many values share them, too.
 const CHUNK: usize = 1 << 15;
 
-/// There are not more of such sums than these, for they are added up in the end.
+/// At most so many tasks have such sums, for in the end those are added up, on one thread.
 const CHUNKS: usize = 64;
 
 /// The backward pass where each value of a sample has a weight and a bias of its own.
@@ -209,7 +210,11 @@ pub(super) fn values<T: Element, M: Mask<T>>(
     let of_chunk = CHUNK
         .div_ceil(sample)
         .max(n.div_ceil(SAMPLES).min(SAMPLES))
-        .max(n.div_ceil(CHUNKS));
+        .max(if job.wants.dparams {
+            n.div_ceil(CHUNKS)
+        } else {
+            1
+        });
     let parts = parallel::map(n.div_ceil(of_chunk), job.x.len(), |chunk| {
         let mut sums = (job.wants.dparams).then(|| [vec![0.0; sample], vec![0.0; sample]]);
         let samples = chunk * of_chunk..n.min((chunk + 1) * of_chunk);

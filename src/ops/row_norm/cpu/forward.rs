@@ -36,7 +36,7 @@ pub(super) fn forward<T: Element, P: Affine<T::Real>>(
                         rows.clear();
                         for index in batch.clone() {
                             let row = statistics(spec, &x[blocks.row(index)]);
-                            // SAFETY: each row has a place of its own for both.
+                            // SAFETY: each row is in one batch of one block, and has a place of its own for both.
                             unsafe {
                                 stats_parts.write(index, row.mean);
                                 stats_parts.write(count + index, row.var);
@@ -45,7 +45,7 @@ pub(super) fn forward<T: Element, P: Affine<T::Real>>(
                         }
                         for (row, index) in rows.iter().zip(batch) {
                             let run = blocks.row(index);
-                            // SAFETY: the rows do not overlap.
+                            // SAFETY: each row is in one batch of one block; no two overlap.
                             let y = unsafe { y_parts.part(run.clone()) };
                             let start = run.start % sample;
                             write_row(affine, row, start, &x[run], y, spec.activation);
@@ -54,7 +54,7 @@ pub(super) fn forward<T: Element, P: Affine<T::Real>>(
                 },
             )
         });
-        // SAFETY: the blocks have all rows.
+        // SAFETY: the blocks have all rows, of which each was written, and both of its statistics.
         return unsafe { (y.finish(), stats.finish()) };
     }
     let rows = division.sweep(
@@ -127,7 +127,7 @@ pub(super) fn write_row<T: Element, P: Affine<T::Real>>(
 pub(super) fn statistics<T: Element>(spec: &Spec, x: &[T]) -> Row<T::Real> {
     let m = x.len() as f64;
     let (mean, squares) = moments::<false, _, _>(|| std::iter::once(x), m, spec.remove_mean);
-    Row::new(spec, mean, squares * (1.0 / m))
+    Row::new(spec, mean, squares / m)
 }
 
 /// `[2, rows]`
