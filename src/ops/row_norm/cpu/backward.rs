@@ -34,92 +34,101 @@ pub(super) fn saved_row<T: Element>(job: &Backward<T>, index: usize) -> Row<T::R
 
 /// The backward pass where weight and bias belong to whole planes.
 pub(super) fn planes<T: Element, M: Mask<T>>(job: &Backward<T>, affine: &ByPlane) -> Grads<T> {
+    let blocks = Blocks::new(job.spec.rows);
+    match blocks.division().parts {
+        1 => whole_rows::<T, M>(job, affine, blocks),
+        _ => rows_in_parts::<T, M>(job, affine, blocks),
+    }
+}
+
+fn whole_rows<T: Element, M: Mask<T>>(
+    job: &Backward<T>,
+    affine: &ByPlane,
+    blocks: Blocks,
+) -> Grads<T> {
     let spec = job.spec;
-    let (sample, len) = (spec.rows.c * spec.rows.s, spec.rows.len());
+    let sample = spec.rows.c * spec.rows.s;
     let mut dx = job.wants.dx.then(|| Output::new(job.x.len()));
     let dx_parts = dx.as_mut().map(Output::parts);
-    let blocks = Blocks::new(spec.rows);
     let division = blocks.division();
-    if division.parts == 1 {
-        let planes = parallel::map(division.groups, division.values, |block| {
-            vectorised(
-                #[inline(always)]
-                || {
-                    let (mut rows, mut planes) = (Vec::new(), Vec::new());
-                    for batch in blocks.batches(block) {
-                        rows.clear();
-                        for index in batch.clone() {
-                            let (row, run) = (saved_row(job, index), blocks.row(index));
-                            let (start, slice) = (run.start % sample, slice(job, run));
-                            let sums = plane_sums::<T, M>(affine, &row, start, &slice, &mut planes);
-                            rows.push((row, sums));
-                        }
-                        let Some(parts) = dx_parts else { continue };
-                        for ((row, sums), index) in rows.iter().zip(batch) {
-                            let run = blocks.row(index);
-                            // SAFETY: each row is in one batch of one block; no two overlap.
-                            let dx = unsafe { parts.part(run.clone()) };
-                            let (start, slice) = (run.start % sample, slice(job, run));
-                            write_dx::<T, M, _>(spec, affine, row, *sums, start, &slice, dx);
-                        }
+    let planes = parallel::map(division.groups, division.values, |block| {
+        vectorised(
+            #[inline(always)]
+            || {
+                let (mut rows, mut planes) = (Vec::new(), Vec::new());
+                for batch in blocks.batches(block) {
+                    rows.clear();
+                    for index in batch.clone() {
+                        let (row, run) = (saved_row(job, index), blocks.row(index));
+                        let (start, slice) = (run.start % sample, slice(job, run));
+                        let sums = plane_sums::<T, M>(affine, &row, start, &slice, &mut planes);
+                        rows.push((row, sums));
                     }
-                    planes
-                },
-            )
-        });
-        return Grads {
-            // SAFETY: the blocks have all rows, of which each was written.
-            dx: dx.map(|dx| unsafe { dx.finish() }),
-            dparams: (job.wants.dparams).then(|| by_channel(spec, planes.iter().flatten())),
-        };
+                    let Some(parts) = dx_parts else { continue };
+                    for ((row, sums), index) in rows.iter().zip(batch) {
+                        let run = blocks.row(index);
+                        // SAFETY: each row is in one batch of one block; no two overlap.
+                        let dx = unsafe { parts.part(run.clone()) };
+                        let (start, slice) = (run.start % sample, slice(job, run));
+                        write_dx::<T, M, _>(spec, affine, row, *sums, start, &slice, dx);
+                    }
+                }
+                planes
+            },
+        )
+    });
+    Grads {
+        // SAFETY: the blocks have all rows, of which each was written.
+        dx: dx.map(|dx| unsafe { dx.finish() }),
+        dparams: (job.wants.dparams).then(|| by_channel(spec, planes.iter().flatten())),
     }
-    let groups = division.sweep(
+}
+
+fn rows_in_parts<T: Element, M: Mask<T>>(
+    job: &Backward<T>,
+    affine: &ByPlane,
+    blocks: Blocks,
+) -> Grads<T> {
+    let spec = job.spec;
+    let sample = spec.rows.c * spec.rows.s;
+    let mut dx = job.wants.dx.then(|| Output::new(job.x.len()));
+    let dx_parts = dx.as_mut().map(Output::parts);
+    let groups = blocks.division().sweep(
         |tile| {
             vectorised(
                 #[inline(always)]
                 || {
-                    let (mut sums, mut planes) = (Vec::new(), Vec::new());
-                    // Not by an iterator, whose insides would not be compiled for wide registers.
-                    for run in blocks.runs(tile) {
-                        let (row, start) = (saved_row(job, run.start / len), run.start % sample);
-                        let slice = slice(job, run);
-                        sums.push(plane_sums::<T, M>(affine, &row, start, &slice, &mut planes));
-                    }
+                    let mut planes = Vec::new();
+                    let (row, run) = (saved_row(job, tile.group), blocks.part(tile));
+                    let (start, slice) = (run.start % sample, slice(job, run));
+                    let sums = plane_sums::<T, M>(affine, &row, start, &slice, &mut planes);
                     (sums, planes)
                 },
             )
         },
-        |_, parts: &[(Vec<Sums>, Vec<PlaneSums>)]| {
-            let sum = |row: usize| {
-                let sums = parts.iter().map(|(sums, _)| sums[row]);
-                sums.fold((0.0, 0.0), |sum, part| (sum.0 + part.0, sum.1 + part.1))
-            };
-            let sums: Vec<_> = (0..parts[0].0.len()).map(sum).collect();
-            let planes: Vec<_> = parts
-                .iter()
-                .flat_map(|(_, planes)| planes.clone())
-                .collect();
-            (sums, planes)
+        |_, parts: &[(Sums, Vec<PlaneSums>)]| {
+            let sums = parts.iter().map(|(sums, _)| sums);
+            let sums = sums.fold((0.0, 0.0), |sum, part| (sum.0 + part.0, sum.1 + part.1));
+            let planes = parts.iter().flat_map(|(_, planes)| planes);
+            (sums, planes.copied().collect::<Vec<_>>())
         },
         |tile, (sums, _)| {
             let Some(parts) = dx_parts else { return };
             vectorised(
                 #[inline(always)]
                 || {
-                    for (run, sums) in blocks.runs(tile).zip(sums) {
-                        let row = &saved_row(job, run.start / len);
-                        // SAFETY: no two runs of any two tiles overlap.
-                        let dx = unsafe { parts.part(run.clone()) };
-                        let start = run.start % sample;
-                        write_dx::<T, M, _>(spec, affine, row, *sums, start, &slice(job, run), dx);
-                    }
+                    let (row, run) = (&saved_row(job, tile.group), blocks.part(tile));
+                    // SAFETY: no two tiles overlap.
+                    let dx = unsafe { parts.part(run.clone()) };
+                    let (start, slice) = (run.start % sample, slice(job, run));
+                    write_dx::<T, M, _>(spec, affine, row, *sums, start, &slice, dx);
                 },
             )
         },
     );
     let planes = groups.iter().flat_map(|(_, planes)| planes);
     Grads {
-        // SAFETY: the runs of all tiles make up the whole tensor.
+        // SAFETY: the tiles make up the whole tensor.
         dx: dx.map(|dx| unsafe { dx.finish() }),
         dparams: job.wants.dparams.then(|| by_channel(spec, planes)),
     }

@@ -36,20 +36,6 @@ impl Blocks {
         }
     }
 
-    /// The number of rows in a block.
-    pub fn rows(&self, block: usize) -> usize {
-        let first = block * self.rows_of_block;
-        (self.rows.rows() - first).min(self.rows_of_block)
-    }
-
-    /// The number of values that a part has of each of its rows.
-    pub fn values(&self, part: usize) -> usize {
-        (self.rows.len() - part * PART).min(match self.rows_of_block {
-            1 => PART,
-            _ => self.rows.len(),
-        })
-    }
-
     /// The rows of a block in batches, the values of which are read and soon read again to be written.
     ///
     /// A single row is one too: where one is written while the next one is fetched, memory has work all the time.
@@ -57,7 +43,7 @@ impl Blocks {
     #[inline(always)]
     pub fn batches(&self, block: usize) -> impl Iterator<Item = Range<usize>> {
         let first = block * self.rows_of_block;
-        let end = first + self.rows(block);
+        let end = self.rows.rows().min(first + self.rows_of_block);
         let step = (BATCH / self.rows.len()).max(1);
         (first..end)
             .step_by(step)
@@ -70,14 +56,9 @@ impl Blocks {
         row * self.rows.len()..(row + 1) * self.rows.len()
     }
 
-    /// The rows of a tile, as far as they are part of it: ranges of the tensor.
-    #[inline(always)]
-    pub fn runs(&self, tile: Tile) -> impl Iterator<Item = Range<usize>> {
-        let (len, values) = (self.rows.len(), self.values(tile.part));
-        let first = tile.group * self.rows_of_block;
-        (first..first + self.rows(tile.group)).map(move |row| {
-            let start = row * len + tile.part * PART;
-            start..start + values
-        })
+    /// The values of a tile where rows are in parts, each row being a group.
+    pub fn part(&self, Tile { group, part }: Tile) -> Range<usize> {
+        let Range { start, end } = self.row(group);
+        start + part * PART..end.min(start + (part + 1) * PART)
     }
 }

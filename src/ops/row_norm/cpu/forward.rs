@@ -17,94 +17,95 @@ pub(super) fn forward<T: Element, P: Affine<T::Real>>(
     job: &Forward<T>,
     affine: &P,
 ) -> (Vec<T>, Vec<f64>) {
-    let (spec, x) = (job.spec, job.x);
-    let sample = spec.rows.c * spec.rows.s;
-    let mut y = Output::new(x.len());
-    let y_parts = y.parts();
-    let blocks = Blocks::new(spec.rows);
-    let division = blocks.division();
-    if division.parts == 1 {
-        let count = spec.rows.rows();
-        let mut stats = Output::new(2 * count);
-        let stats_parts = stats.parts();
-        parallel::for_each(division.groups, division.values, |block| {
-            vectorised(
-                #[inline(always)]
-                || {
-                    let mut rows = Vec::new();
-                    for batch in blocks.batches(block) {
-                        rows.clear();
-                        for index in batch.clone() {
-                            let row = statistics(spec, &x[blocks.row(index)]);
-                            // SAFETY: each row is in one batch of one block, and has a place of its own for both.
-                            unsafe {
-                                stats_parts.write(index, row.mean);
-                                stats_parts.write(count + index, row.var);
-                            }
-                            rows.push(row);
-                        }
-                        for (row, index) in rows.iter().zip(batch) {
-                            let run = blocks.row(index);
-                            // SAFETY: each row is in one batch of one block; no two overlap.
-                            let y = unsafe { y_parts.part(run.clone()) };
-                            let start = run.start % sample;
-                            write_row(affine, row, start, &x[run], y, spec.activation);
-                        }
-                    }
-                },
-            )
-        });
-        // SAFETY: the blocks have all rows, of which each was written, and both of its statistics.
-        return unsafe { (y.finish(), stats.finish()) };
+    let blocks = Blocks::new(job.spec.rows);
+    match blocks.division().parts {
+        1 => whole_rows(job, affine, blocks),
+        _ => rows_in_parts(job, affine, blocks),
     }
-    let rows = division.sweep(
-        |tile| {
-            vectorised(
-                #[inline(always)]
-                || {
-                    let m = blocks.values(tile.part) as f64;
-                    let mut rows = Vec::new();
-                    // Not by an iterator, whose insides would not be compiled for wide registers.
-                    for run in blocks.runs(tile) {
-                        let x = &x[run];
-                        rows.push(moments::<false, _, _>(
-                            || std::iter::once(x),
-                            m,
-                            spec.remove_mean,
-                        ));
+}
+
+fn whole_rows<T: Element, P: Affine<T::Real>>(
+    job: &Forward<T>,
+    affine: &P,
+    blocks: Blocks,
+) -> (Vec<T>, Vec<f64>) {
+    let (spec, x) = (job.spec, job.x);
+    let (sample, count) = (spec.rows.c * spec.rows.s, spec.rows.rows());
+    let (mut y, mut stats) = (Output::new(x.len()), Output::new(2 * count));
+    let (y_parts, stats_parts) = (y.parts(), stats.parts());
+    let division = blocks.division();
+    parallel::for_each(division.groups, division.values, |block| {
+        vectorised(
+            #[inline(always)]
+            || {
+                let mut rows = Vec::new();
+                for batch in blocks.batches(block) {
+                    rows.clear();
+                    for index in batch.clone() {
+                        let row = statistics(spec, &x[blocks.row(index)]);
+                        // SAFETY: each row is in one batch of one block, and has a place of its own for both.
+                        unsafe {
+                            stats_parts.write(index, row.mean);
+                            stats_parts.write(count + index, row.var);
+                        }
+                        rows.push(row);
                     }
-                    rows
-                },
-            )
-        },
-        |block, parts: &[Vec<(f64, f64)>]| -> Vec<_> {
-            let m = blocks.values(0) as f64;
-            let merged = |row: usize| match parts {
-                [rows] => (rows[row].0, rows[row].1 / m),
-                parts => {
-                    let parts = parts.iter().enumerate();
-                    merge(parts.map(|(part, rows)| (blocks.values(part) as f64, rows[row])))
-                }
-            };
-            let rows = (0..blocks.rows(block)).map(merged);
-            rows.map(|(mean, var)| Row::new(spec, mean, var)).collect()
-        },
-        |tile, rows| {
-            vectorised(
-                #[inline(always)]
-                || {
-                    for (run, row) in blocks.runs(tile).zip(rows) {
-                        // SAFETY: no two runs of any two tiles overlap.
+                    for (row, index) in rows.iter().zip(batch) {
+                        let run = blocks.row(index);
+                        // SAFETY: each row is in one batch of one block; no two overlap.
                         let y = unsafe { y_parts.part(run.clone()) };
                         let start = run.start % sample;
                         write_row(affine, row, start, &x[run], y, spec.activation);
                     }
+                }
+            },
+        )
+    });
+    // SAFETY: the blocks have all rows, of which each was written, and both of its statistics.
+    unsafe { (y.finish(), stats.finish()) }
+}
+
+fn rows_in_parts<T: Element, P: Affine<T::Real>>(
+    job: &Forward<T>,
+    affine: &P,
+    blocks: Blocks,
+) -> (Vec<T>, Vec<f64>) {
+    let (spec, x) = (job.spec, job.x);
+    let sample = spec.rows.c * spec.rows.s;
+    let mut y = Output::new(x.len());
+    let y_parts = y.parts();
+    let rows = blocks.division().sweep(
+        |tile| {
+            vectorised(
+                #[inline(always)]
+                || {
+                    let x = &x[blocks.part(tile)];
+                    let m = x.len() as f64;
+                    let (mean, squares) =
+                        moments::<false, _, _>(|| std::iter::once(x), m, spec.remove_mean);
+                    (m, (mean, squares))
+                },
+            )
+        },
+        |_, parts| {
+            let (mean, var) = merge(parts.iter().copied());
+            Row::new(spec, mean, var)
+        },
+        |tile, row| {
+            vectorised(
+                #[inline(always)]
+                || {
+                    let run = blocks.part(tile);
+                    // SAFETY: no two tiles overlap.
+                    let y = unsafe { y_parts.part(run.clone()) };
+                    let start = run.start % sample;
+                    write_row(affine, row, start, &x[run], y, spec.activation);
                 },
             )
         },
     );
-    // SAFETY: the runs of all tiles make up the whole tensor.
-    (unsafe { y.finish() }, saved(rows.iter().flatten()))
+    // SAFETY: the tiles make up the whole tensor.
+    (unsafe { y.finish() }, saved(rows.iter()))
 }
 
 /// Writes `y` for the values `x` of a row, the first of which is value `start` of the sample.
