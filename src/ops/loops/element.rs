@@ -4,6 +4,7 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::convert::{chunks, Element, Real};
+use super::prefetch::Ahead;
 use crate::ops::Activation;
 
 /// How a channel is normalised: `y = ((x - hi) - lo)·scale + shift`.
@@ -195,6 +196,16 @@ impl<'a, T: Element> Slice<'a, T> {
             x: &self.x[range.clone()],
             dy: &self.dy[range.clone()],
             y: &self.y[range],
+        }
+    }
+
+    /// Asks for what lies behind the values that are read for `g`.
+    #[inline(always)]
+    pub fn prefetch<M: Mask<T>>(&self, ahead: Ahead) {
+        ahead.of(self.x);
+        ahead.of(self.dy);
+        if M::READS_Y {
+            ahead.of(self.y);
         }
     }
 

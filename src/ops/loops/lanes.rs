@@ -4,6 +4,7 @@ use std::ops::Range;
 
 use super::convert::{Element, Real};
 use super::element::{Channel, Mask, Slice};
+use super::prefetch::Ahead;
 
 /// As many sums as fit into the registers of a core, or nearly; the loops over short slices still fill some.
 pub(crate) const LANES: usize = 32;
@@ -88,12 +89,13 @@ pub(crate) fn blocks(len: usize, mut f: impl FnMut(Range<usize>)) {
 impl<const APART: bool> Sum<APART> {
     /// Adds `f` of every value.
     #[inline(always)]
-    fn add<T: Element>(&mut self, values: &[T], f: impl Fn(f64) -> f64) {
+    fn add<T: Element>(&mut self, values: &[T], ahead: Ahead, f: impl Fn(f64) -> f64) {
         const { assert!(LANES <= T::CHUNK) };
         let mut room = T::ROOM;
         // Not in chunks of a length that it knows: the compiler writes out a loop over so few values with so little to do, one by one,
         // before it thinks of wide registers.
         for chunk in values.chunks(LANES) {
+            ahead.of(chunk);
             let lanes = &mut self.whole.0[..chunk.len()];
             let values = T::load(chunk, &mut room);
             for i in 0..chunk.len() {
@@ -119,13 +121,14 @@ impl<const APART: bool> Distances<APART> {
     }
 
     #[inline(always)]
-    fn add<T: Element>(&mut self, values: &[T], pivot: f64) {
+    fn add<T: Element>(&mut self, values: &[T], ahead: Ahead, pivot: f64) {
         let mut room = T::ROOM;
         const { assert!(LANES <= T::CHUNK) };
         // Whole chunks in a loop without a case for the rest: the compiler makes more of it.
         let chunks = values.chunks_exact(LANES);
         let rest = chunks.remainder();
         for chunk in chunks {
+            ahead.of(chunk);
             let sums = &mut self.sum.whole.0[..chunk.len()];
             let squares = &mut self.squares.whole.0[..chunk.len()];
             let values = T::load(chunk, &mut room);
@@ -169,13 +172,14 @@ pub(crate) fn moments<'a, const APART: bool, T: Element, I: Iterator<Item = &'a 
     runs: impl Fn() -> I,
     m: f64,
     remove_mean: bool,
+    ahead: Ahead,
 ) -> (f64, f64) {
     // With the first value taken off, the mean of constant values is exactly their value.
     let first = || runs().next().map_or(0.0, |run| run[0].to_f64());
     if T::SQUARES_FIT && remove_mean {
         let (pivot, mut distances) = (first(), Distances::<APART>::new());
         for run in runs() {
-            distances.add(run, pivot);
+            distances.add(run, ahead, pivot);
         }
         let (sum, squares) = (distances.sum.total(), distances.squares.total());
         return (pivot + sum / m, spread(sum, squares, m));
@@ -184,13 +188,13 @@ pub(crate) fn moments<'a, const APART: bool, T: Element, I: Iterator<Item = &'a 
     if remove_mean {
         let (pivot, mut sum) = (first(), Sum::<false>::new());
         for run in runs() {
-            sum.add(run, |x| x - pivot);
+            sum.add(run, ahead, |x| x - pivot);
         }
         mean = pivot + sum.total() / m;
     }
     let mut squares = Sum::<false>::new();
     for run in runs() {
-        squares.add(run, |x| (x - mean) * (x - mean));
+        squares.add(run, ahead, |x| (x - mean) * (x - mean));
     }
     (mean, squares.total())
 }
@@ -222,6 +226,7 @@ impl<const APART: bool> GradSums<APART> {
         slice: &Slice<T>,
         channel: &Channel<T::Real>,
         mean: f64,
+        ahead: Ahead,
     ) {
         let mut rooms = [T::ROOM; 3];
         const { assert!(LANES <= T::CHUNK) };
@@ -229,6 +234,7 @@ impl<const APART: bool> GradSums<APART> {
         let mut left = *slice;
         while left.x.len() >= LANES {
             let values = left.part(0..LANES);
+            values.prefetch::<M>(ahead);
             let load = values.load::<M>(&mut rooms);
             let (gs, gxs) = (&mut self.g.whole.0, &mut self.gx.whole.0);
             for i in 0..values.x.len() {

@@ -1,27 +1,49 @@
 //! Values that are wanted soon.
 
-/// Asks for a slice that is read next, while another is worked on.
+/// How far behind the values that are being summed up lie others that are asked for at the same time.
 ///
-/// The small planes of a channel lie far from each other, and the hardware only foresees the next lines of a
-/// page. Larger slices it reads well enough by itself; for those, and on machines but x86-64, this does nothing.
-#[inline(always)]
-pub(crate) fn prefetch<T>(values: Option<&[T]>) {
-    #[cfg(target_arch = "x86_64")]
-    if let Some(values) = values {
-        use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
-        const PAGE: usize = 4096;
-        const LINE: usize = 64;
-        /// With so much at hand, the hardware has time to see what comes.
-        const FIRST: usize = 1024;
-        let bytes = size_of_val(values);
-        if bytes >= PAGE {
-            return;
+/// The hardware asks for the next lines by itself, but not for enough of them to keep memory busy while sums in
+/// `f64` are computed, and not beyond a page.
+#[derive(Clone, Copy)]
+pub(crate) struct Ahead {
+    #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
+    bytes: usize,
+}
+
+/// Enough to be there in time, not so much that it is gone again.
+const DISTANCE: usize = 2048;
+
+impl Ahead {
+    /// In slices that follow each other.
+    pub const IN_LINE: Self = Self { bytes: DISTANCE };
+
+    /// In slices of `len` values, each `stride` values behind the one before.
+    pub fn in_slices<T>(len: usize, stride: usize) -> Self {
+        let (bytes, stride) = (len * size_of::<T>(), stride * size_of::<T>());
+        if bytes >= 2 * DISTANCE {
+            return Self::IN_LINE;
         }
-        for at in (0..bytes.min(FIRST)).step_by(LINE) {
-            // SAFETY: every x86-64 has the instruction; it gives no value and does not fault.
-            unsafe { _mm_prefetch::<_MM_HINT_T0>(values.as_ptr().cast::<i8>().wrapping_add(at)) };
+        Self {
+            bytes: DISTANCE.div_ceil(bytes.max(1)) * stride,
         }
     }
-    #[cfg(not(target_arch = "x86_64"))]
-    let _ = values;
+
+    /// Asks for what lies as far behind `values`.
+    #[inline(always)]
+    pub fn of<T>(self, values: &[T]) {
+        #[cfg(target_arch = "x86_64")]
+        {
+            use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
+            const LINE: usize = 64;
+            let start = values.as_ptr().cast::<i8>().wrapping_add(self.bytes);
+            let mut at = 0;
+            while at < size_of_val(values) {
+                // SAFETY: every x86-64 has the instruction; it gives no value and faults nowhere.
+                unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(at)) };
+                at += LINE;
+            }
+        }
+        #[cfg(not(target_arch = "x86_64"))]
+        let _ = values;
+    }
 }

@@ -10,8 +10,9 @@ use super::{Backward, Forward, Spec};
 use crate::ops::loops::convert::{Element, Real};
 use crate::ops::loops::element::{Channel, ChannelGrad, Mask, Same};
 use crate::ops::loops::lanes::{moments, GradSums};
-use crate::ops::loops::prefetch::prefetch;
+use crate::ops::loops::prefetch::Ahead;
 use crate::ops::loops::sweep::{Division, Tile, PART};
+use crate::ops::max_pool2d::windows::Windows;
 use crate::shape::Dims;
 
 pub(super) struct AnyPlanes<const POOLED: bool> {
@@ -39,13 +40,6 @@ impl<const POOLED: bool> AnyPlanes<POOLED> {
     ) -> Option<Pooling<'a, T>> {
         let windows = spec.windows.as_ref().filter(|_| POOLED)?;
         Some(Pooling::new(windows, spec.activation, self.at(row, 0).0))
-    }
-
-    /// What is most likely to be read after a run: the same positions of the next sample.
-    #[inline(always)]
-    fn in_next_sample(&self, run: &Range<usize>) -> Range<usize> {
-        let sample = self.dims.c * self.dims.s;
-        run.start + sample..run.end + sample
     }
 }
 
@@ -133,17 +127,16 @@ impl<const POOLED: bool> Summing for AnyPlanes<POOLED> {
 
     #[inline(always)]
     fn moments<T: Element>(&self, x: &[T], tile: Tile, remove_mean: bool) -> Pair<[f64; 1]> {
+        let Dims { c, s, .. } = self.dims;
         let runs = || {
             self.runs(tile).map(
                 #[inline(always)]
-                |(run, _)| {
-                    prefetch(x.get(self.in_next_sample(&run)));
-                    &x[run]
-                },
+                |(run, _)| &x[run],
             )
         };
+        let ahead = Ahead::in_slices::<T>(s, c * s);
         let m = self.values(tile.part) as f64;
-        let (mean, squares) = moments::<true, _, _>(runs, m, remove_mean);
+        let (mean, squares) = moments::<true, _, _>(runs, m, remove_mean, ahead);
         Pair([mean], [squares])
     }
 
@@ -156,15 +149,15 @@ impl<const POOLED: bool> Summing for AnyPlanes<POOLED> {
     ) -> Pair<[f64; 1]> {
         let (Same(channel), mean) = (self.at(row, 0), row.mean[0]);
         let (tensors, mut sums) = (job.tensors(), GradSums::<true>::new());
+        let windows = job.spec.windows.as_ref().filter(|_| POOLED);
+        let s = windows.map_or(self.dims.s, Windows::outputs);
+        let ahead = Ahead::in_slices::<T>(s, self.dims.c * s);
         for (run, _) in self.runs(tile) {
-            let next = self.in_next_sample(&run);
-            let [run, next] = match job.spec.windows.as_ref().filter(|_| POOLED) {
-                Some(windows) => [run, next].map(|plane| windows_of(windows, &plane)),
-                None => [run, next],
+            let run = match windows {
+                Some(windows) => windows_of(windows, &run),
+                None => run,
             };
-            prefetch(tensors.x.get(next.clone()));
-            prefetch(tensors.dy.get(next));
-            sums.add::<T, M>(&tensors.part(run), &channel, mean);
+            sums.add::<T, M>(&tensors.part(run), &channel, mean, ahead);
         }
         let (g, gx) = sums.totals();
         Pair([g], [gx])

@@ -10,6 +10,7 @@ use crate::dims::Rows;
 use crate::ops::loops::convert::{chunks, Element, Real};
 use crate::ops::loops::element::{Channels, Mask, Same, Slice};
 use crate::ops::loops::lanes::{blocks, total, GradSums, Lanes};
+use crate::ops::loops::prefetch::Ahead;
 use crate::ops::output::{Output, Parts};
 use crate::ops::parallel;
 use crate::ops::slices::vectorised;
@@ -158,7 +159,7 @@ pub(super) fn plane_sums<T: Element, M: Mask<T>>(
     for (run, channel) in affine.planes(start, slice.x.len()) {
         let mut sums = GradSums::<false>::new();
         let of_plane = affine.channel(row, channel);
-        sums.add::<T, M>(&slice.part(run), &of_plane, row.mean);
+        sums.add::<T, M>(&slice.part(run), &of_plane, row.mean, Ahead::IN_LINE);
         let (g, gx) = sums.totals();
         planes.push(PlaneSums {
             channel,
@@ -289,6 +290,7 @@ unsafe fn row<T: Element, M: Mask<T>>(
             let len = range.len();
             let channels = channels.part(range.clone());
             let values = slice.part(range);
+            values.prefetch::<M>(Ahead::IN_LINE);
             let load = values.load::<M>(&mut rooms);
             let (h, hx) = (&mut h.0[..len], &mut hx.0[..len]);
             for i in 0..len {

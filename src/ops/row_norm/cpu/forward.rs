@@ -8,6 +8,7 @@ use super::{Forward, Spec};
 use crate::ops::loops::convert::{Element, Real};
 use crate::ops::loops::element::write_y;
 use crate::ops::loops::lanes::moments;
+use crate::ops::loops::prefetch::Ahead;
 use crate::ops::output::Output;
 use crate::ops::parallel;
 use crate::ops::slices::vectorised;
@@ -81,8 +82,12 @@ fn rows_in_parts<T: Element, P: Affine<T::Real>>(
                 || {
                     let x = &x[blocks.part(tile)];
                     let m = x.len() as f64;
-                    let (mean, squares) =
-                        moments::<false, _, _>(|| std::iter::once(x), m, spec.remove_mean);
+                    let (mean, squares) = moments::<false, _, _>(
+                        || std::iter::once(x),
+                        m,
+                        spec.remove_mean,
+                        Ahead::IN_LINE,
+                    );
                     (m, (mean, squares))
                 },
             )
@@ -127,7 +132,8 @@ pub(super) fn write_row<T: Element, P: Affine<T::Real>>(
 #[inline(always)]
 pub(super) fn statistics<T: Element>(spec: &Spec, x: &[T]) -> Row<T::Real> {
     let m = x.len() as f64;
-    let (mean, squares) = moments::<false, _, _>(|| std::iter::once(x), m, spec.remove_mean);
+    let (mean, squares) =
+        moments::<false, _, _>(|| std::iter::once(x), m, spec.remove_mean, Ahead::IN_LINE);
     Row::new(spec, mean, squares / m)
 }
 
