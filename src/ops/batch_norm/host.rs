@@ -40,10 +40,11 @@ fn forward_as<T: HostElement>(
             slices::to_f64(NAME, cpu_storage(NAME, &var.0)?, var.1)?,
         ]),
     };
+    let params = slices::params(NAME, &operands.weight, &operands.bias, spec.dims.c)?;
     let Normalised { y, stats, maxima } = cpu::forward(&Forward {
         spec,
         x: values::<T>(&operands.x)?,
-        params: slices::params(NAME, &operands.weight, &operands.bias, spec.dims.c)?,
+        params: &params,
         residual: operands.residual.as_ref().map(values::<T>).transpose()?,
         given,
         keeps_maxima: op.keeps_maxima,
@@ -98,13 +99,14 @@ fn backward_as<T: HostElement>(
         None => None,
         Some((maxima, layout)) => Some((cpu_storage(NAME, maxima)?, (*layout).clone())),
     };
+    let params = slices::params(NAME, &operands.weight, &operands.bias, op.spec.dims.c)?;
     let grads = cpu::backward(&Backward {
         spec: &op.spec,
         x: values::<T>(&operands.x)?,
         dy: values::<T>(&(cpu_storage(NAME, &dy)?, dy_layout.clone()))?,
         y: y.as_ref().map(values::<T>).transpose()?,
         maxima: maxima.as_ref().map(values::<T>).transpose()?,
-        params: slices::params(NAME, &operands.weight, &operands.bias, op.spec.dims.c)?,
+        params: &params,
         saved: values::<f64>(&(cpu_storage(NAME, &saved)?, saved_layout.clone()))?,
         wants,
     });

@@ -1,5 +1,7 @@
 //! Max pooling on the CPU: loops over slices, without candle's types.
 
+use std::ops::Range;
+
 use candle_core::WithDType;
 
 use super::windows::Windows;
@@ -11,7 +13,7 @@ use crate::ops::slices::vectorised;
 const PART: usize = 1 << 13;
 
 /// Runs `task` for some planes at a time, on all threads.
-fn for_planes(windows: &Windows, pixels: usize, task: impl Fn(std::ops::Range<usize>) + Sync) {
+pub(crate) fn for_planes(windows: &Windows, pixels: usize, task: impl Fn(Range<usize>) + Sync) {
     let planes = pixels / windows.inputs();
     let together = (PART / windows.inputs()).max(1);
     for_each(planes.div_ceil(together), pixels, |part| {

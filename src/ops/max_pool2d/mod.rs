@@ -1,6 +1,6 @@
 //! The maximum over windows of images.
 
-mod cpu;
+pub(crate) mod cpu;
 mod two_by_two;
 pub(crate) mod windows;
 

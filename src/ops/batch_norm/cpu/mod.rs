@@ -10,15 +10,14 @@
 #![allow(clippy::needless_range_loop)]
 
 mod columns;
-mod outputs;
 mod passes;
 mod planes;
-mod pooling;
+mod pooled;
 mod rows;
 
 use super::{Activation, Spec, Wants};
 use columns::Columns;
-use planes::{InOrder, Planes, PooledPlanes};
+use planes::{InOrder, Planes};
 
 pub(crate) use crate::ops::loops::convert::Element;
 use crate::ops::loops::element::{FromInput, FromOutput, Mask, NoMask, Slice};
@@ -28,7 +27,7 @@ use crate::ops::loops::{Params, PLANE};
 pub(crate) struct Forward<'a, T> {
     pub spec: &'a Spec,
     pub x: &'a [T],
-    pub params: Params,
+    pub params: &'a Params,
     pub residual: Option<&'a [T]>,
     /// Mean and variance to normalise with; without them, those of `x`.
     pub given: Option<[Vec<f64>; 2]>,
@@ -57,22 +56,18 @@ pub(crate) struct Backward<'a, T> {
     pub y: Option<&'a [T]>,
     /// The pixels of `x` that became the output, where that is pooled.
     pub maxima: Option<&'a [T]>,
-    pub params: Params,
+    pub params: &'a Params,
     /// Mean and variance that the forward pass used, `[2, c]`.
     pub saved: &'a [f64],
     pub wants: Wants,
 }
 
 impl<'a, T> Backward<'a, T> {
-    /// What is summed up; where the output is pooled, of the maxima: all other pixels have a gradient of 0. (With
-    /// given statistics and an infinite one among them, two ops have a NaN in the sums, `0·∞`, which is left out here.)
     fn tensors(&self) -> Slice<'a, T> {
-        assert_eq!(self.maxima.is_some(), self.spec.windows.is_some());
-        let x = self.maxima.unwrap_or(self.x);
         Slice {
-            x,
+            x: self.x,
             dy: self.dy,
-            y: self.y.unwrap_or(x),
+            y: self.y.unwrap_or(self.x),
         }
     }
 }
@@ -87,14 +82,14 @@ pub(crate) struct Grads<T> {
 /// The output, with given statistics or with those of `x`.
 pub(crate) fn forward<T: Element>(job: &Forward<T>) -> Normalised<T> {
     let spec = job.spec;
-    let (is_pooled, as_columns) = (spec.windows.is_some(), as_columns(spec));
-    match &job.given {
-        None if is_pooled => passes::forward_training(&PooledPlanes::new(spec), job),
-        None if as_columns => passes::forward_training(&Columns::new(spec.dims), job),
-        None => passes::forward_training(&Planes::new(spec), job),
-        Some(given) if is_pooled => passes::forward_given(&PooledPlanes::new(spec), job, given),
-        Some(given) if as_columns => passes::forward_given(&Columns::new(spec.dims), job, given),
-        Some(given) => passes::forward_given(&InOrder(spec.dims), job, given),
+    if let Some(windows) = &spec.windows {
+        return pooled::forward(job, windows);
+    }
+    match (&job.given, as_columns(spec)) {
+        (None, true) => passes::forward_training(&Columns::new(spec.dims), job),
+        (None, false) => passes::forward_training(&Planes(spec.dims), job),
+        (Some(given), true) => passes::forward_given(&Columns::new(spec.dims), job, given),
+        (Some(given), false) => passes::forward_given(&InOrder(spec.dims), job, given),
     }
 }
 
@@ -102,7 +97,7 @@ pub(crate) fn forward<T: Element>(job: &Forward<T>) -> Normalised<T> {
 pub(crate) fn statistics<T: Element>(spec: &Spec, x: &[T]) -> Vec<f64> {
     match as_columns(spec) {
         true => passes::statistics(&Columns::new(spec.dims), spec, x),
-        false => passes::statistics(&Planes::new(spec), spec, x),
+        false => passes::statistics(&Planes(spec.dims), spec, x),
     }
 }
 
@@ -112,6 +107,9 @@ fn as_columns(spec: &Spec) -> bool {
 
 /// The gradients of [`forward`].
 pub(crate) fn backward<T: Element>(job: &Backward<T>) -> Grads<T> {
+    if let Some(windows) = &job.spec.windows {
+        return pooled::backward(job, windows);
+    }
     match (job.spec.activation, job.y) {
         (Activation::Identity, _) => backward_masked::<_, NoMask>(job),
         (Activation::Relu, None) => backward_masked::<_, FromInput>(job),
@@ -121,11 +119,8 @@ pub(crate) fn backward<T: Element>(job: &Backward<T>) -> Grads<T> {
 
 fn backward_masked<T: Element, M: Mask<T>>(job: &Backward<T>) -> Grads<T> {
     let spec = job.spec;
-    if spec.windows.is_some() {
-        passes::backward::<_, T, M>(&PooledPlanes::new(spec), job)
-    } else if as_columns(spec) {
-        passes::backward::<_, T, M>(&Columns::new(spec.dims), job)
-    } else {
-        passes::backward::<_, T, M>(&Planes::new(spec), job)
+    match as_columns(spec) {
+        true => passes::backward::<_, T, M>(&Columns::new(spec.dims), job),
+        false => passes::backward::<_, T, M>(&Planes(spec.dims), job),
     }
 }

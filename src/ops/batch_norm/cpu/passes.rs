@@ -2,14 +2,13 @@
 
 use std::ops::Range;
 
-use super::outputs::{GradParts, Unfinished, YParts};
 use super::rows::{by_channel, channel_row, copy, grad_row, merge_moments};
 use super::rows::{ChannelRow, GradRow, Pair};
 use super::{Backward, Forward, Grads, Normalised, Params, Spec};
 use crate::ops::loops::convert::{Element, Real};
 use crate::ops::loops::element::{write_y, Channel, ChannelGrad, Channels, Mask};
 use crate::ops::loops::sweep::{Division, Tile};
-use crate::ops::output::Output;
+use crate::ops::output::{Output, Parts};
 use crate::ops::parallel;
 use crate::ops::slices::vectorised;
 
@@ -30,18 +29,6 @@ pub(super) trait Tiling: Sync + Sized {
     fn runs(&self, tile: Tile) -> impl Iterator<Item = (Range<usize>, usize)>;
     /// What belongs to the values of a run.
     fn at<'a, A: Real>(&self, row: &'a ChannelRow<Self, A>, run: usize) -> Self::Channels<'a, A>;
-
-    /// Writes the output of a tile.
-    #[inline(always)]
-    fn write_y<T: Element>(
-        &self,
-        job: &Forward<T>,
-        tile: Tile,
-        row: &ChannelRow<Self, T::Real>,
-        to: YParts<T>,
-    ) {
-        plain_y(self, job, tile, row, to);
-    }
 }
 
 /// A [`Tiling`] whose parts can be summed up, channel by channel.
@@ -62,40 +49,36 @@ pub(super) trait Summing: Tiling {
         channels: &ChannelRow<Self, T::Real>,
     ) -> Pair<Self::Row<f64>>;
     fn grad_at<'a, A: Real>(&self, row: &'a GradRow<Self, A>) -> Self::Grads<'a, A>;
-
-    /// Writes the gradients of a tile.
-    #[inline(always)]
-    fn write_grads<T: Element, M: Mask<T>>(
-        &self,
-        job: &Backward<T>,
-        tile: Tile,
-        row: &ChannelRow<Self, T::Real>,
-        grads: &GradRow<Self, T::Real>,
-        to: GradParts<T>,
-    ) {
-        plain_grads::<_, T, M>(self, job, tile, row, grads, to);
-    }
 }
 
+/// Where the gradients that are wanted go, as large as `x`.
+#[derive(Clone, Copy)]
+struct GradParts<'a, T> {
+    dx: Option<Parts<'a, T>>,
+    dresidual: Option<Parts<'a, T>>,
+}
+
+/// Writes the output of a tile.
 #[inline(always)]
-pub(super) fn plain_y<L: Tiling, T: Element>(
+fn write_tile_y<L: Tiling, T: Element>(
     tiling: &L,
     job: &Forward<T>,
     tile: Tile,
     row: &ChannelRow<L, T::Real>,
-    to: YParts<T>,
+    y: Parts<T>,
 ) {
     for (run, at) in tiling.runs(tile) {
         let channels = tiling.at(row, at);
         let residual = job.residual.map(|residual| &residual[run.clone()]);
         // SAFETY: no two runs of any two tiles overlap.
-        let y = unsafe { to.y.part(run.clone()) };
+        let y = unsafe { y.part(run.clone()) };
         write_y(y, &job.x[run], residual, channels, job.spec.activation);
     }
 }
 
+/// Writes the gradients of a tile.
 #[inline(always)]
-pub(super) fn plain_grads<L: Summing, T: Element, M: Mask<T>>(
+fn write_tile_grads<L: Summing, T: Element, M: Mask<T>>(
     tiling: &L,
     job: &Backward<T>,
     tile: Tile,
@@ -127,8 +110,8 @@ pub(super) fn forward_training<L: Summing, T: Element>(
     tiling: &L,
     job: &Forward<T>,
 ) -> Normalised<T> {
-    let mut output = Unfinished::new(job);
-    let to = output.parts();
+    let mut y = Output::new(job.x.len());
+    let y_parts = y.parts();
     let groups = tiling.division().sweep(
         |tile| {
             vectorised(
@@ -145,17 +128,21 @@ pub(super) fn forward_training<L: Summing, T: Element>(
                         tiling,
                         tiling.channels(group),
                         job.spec,
-                        &job.params,
+                        job.params,
                         moments,
                     )
                 },
             )
         },
-        |tile, row| write_tile(tiling, tile, row, job, to),
+        |tile, row| write_tile(tiling, tile, row, job, y_parts),
     );
     let saved = by_channel(tiling, &groups, |row| [row.mean.as_ref(), row.var.as_ref()]);
-    // SAFETY: the runs of all tiles make up the whole tensor, or all of its planes with their windows.
-    unsafe { output.finish(saved) }
+    Normalised {
+        // SAFETY: the runs of all tiles make up the whole tensor.
+        y: unsafe { y.finish() },
+        stats: saved,
+        maxima: None,
+    }
 }
 
 /// The statistics of the batch alone, `[2, c]`.
@@ -184,20 +171,24 @@ pub(super) fn forward_given<L: Tiling, T: Element>(
     job: &Forward<T>,
     [mean, var]: &[Vec<f64>; 2],
 ) -> Normalised<T> {
-    let mut output = Unfinished::new(job);
-    let to = output.parts();
+    let mut y = Output::new(job.x.len());
+    let y_parts = y.parts();
     let Division {
         groups,
         parts,
         values,
     } = tiling.division();
-    let rows = given_rows(tiling, job.spec, &job.params, mean, var);
+    let rows = given_rows(tiling, job.spec, job.params, mean, var);
     parallel::for_each(groups * parts, values, |index| {
         let (group, part) = (index / parts, index % parts);
-        write_tile(tiling, Tile { group, part }, &rows[group], job, to);
+        write_tile(tiling, Tile { group, part }, &rows[group], job, y_parts);
     });
-    // SAFETY: the runs of all tiles make up the whole tensor, or all of its planes with their windows.
-    unsafe { output.finish([mean.as_slice(), var].concat()) }
+    Normalised {
+        // SAFETY: the runs of all tiles make up the whole tensor.
+        y: unsafe { y.finish() },
+        stats: [mean.as_slice(), var].concat(),
+        maxima: None,
+    }
 }
 
 /// What is done with the values of each group, for known statistics.
@@ -227,11 +218,11 @@ fn write_tile<L: Tiling, T: Element>(
     tile: Tile,
     row: &ChannelRow<L, T::Real>,
     job: &Forward<T>,
-    to: YParts<T>,
+    y: Parts<T>,
 ) {
     vectorised(
         #[inline(always)]
-        || tiling.write_y(job, tile, row, to),
+        || write_tile_y(tiling, job, tile, row, y),
     )
 }
 
@@ -249,7 +240,7 @@ pub(super) fn backward<L: Summing, T: Element, M: Mask<T>>(
     };
     let (means, vars) = job.saved.split_at(spec.dims.c);
     let division = tiling.division();
-    let rows = given_rows(tiling, spec, &job.params, means, vars);
+    let rows = given_rows(tiling, spec, job.params, means, vars);
     let wants_sums = wants.sums(spec);
     let groups = division.sweep(
         |tile| {
@@ -270,7 +261,7 @@ pub(super) fn backward<L: Summing, T: Element, M: Mask<T>>(
             if to.dx.is_some() || to.dresidual.is_some() {
                 vectorised(
                     #[inline(always)]
-                    || tiling.write_grads::<T, M>(job, tile, &rows[tile.group], grads, to),
+                    || write_tile_grads::<_, T, M>(tiling, job, tile, &rows[tile.group], grads, to),
                 )
             }
         },
