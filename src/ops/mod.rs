@@ -17,6 +17,7 @@
 
 mod backward;
 mod batch_norm;
+mod cache;
 mod conv2d;
 mod cross_entropy;
 #[cfg(feature = "cuda")]

@@ -52,7 +52,7 @@ impl<A: Real> Channel<A> {
 
 /// What a channel needs for `dx = scale·(g - mean_g - (x - mean)·slope)`, where `g` is the masked
 /// `dy`, `mean_g = Σg / m` and `slope = rstd²·Σ(g·(x - mean)) / m`.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Default)]
 pub(crate) struct ChannelGrad<A> {
     pub mean_g: A,
     pub slope: A,

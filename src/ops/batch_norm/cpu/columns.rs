@@ -3,7 +3,7 @@
 
 use std::ops::Range;
 
-use super::passes::{Summing, Tiling};
+use super::passes::Tiling;
 use super::rows::{ChannelRow, GradRow, Pair};
 use super::Backward;
 use crate::ops::loops::convert::{Element, Real};
@@ -76,6 +76,7 @@ impl Columns {
 impl Tiling for Columns {
     type Row<A: Real> = Vec<A>;
     type Channels<'a, A: Real + 'a> = ChannelSlices<'a, A>;
+    type Grads<'a, A: Real + 'a> = GradSlices<'a, A>;
 
     fn division(&self) -> Division {
         Division {
@@ -99,16 +100,16 @@ impl Tiling for Columns {
     }
 
     #[inline(always)]
-    fn runs(&self, tile: Tile) -> impl Iterator<Item = (Range<usize>, usize)> {
+    fn runs(&self, tile: Tile) -> impl Iterator<Item = Range<usize>> {
         let stride = self.dims.c * self.dims.s;
         let columns = self.columns(tile.group);
         let first = tile.part * self.rows;
         let rows = first..first + self.values(tile.part);
-        rows.map(move |row| (row * stride + columns.start..row * stride + columns.end, 0))
+        rows.map(move |row| row * stride + columns.start..row * stride + columns.end)
     }
 
     #[inline(always)]
-    fn at<'a, A: Real>(&self, row: &'a ChannelRow<Self, A>, _run: usize) -> ChannelSlices<'a, A> {
+    fn at<'a, A: Real>(&self, row: &'a ChannelRow<Self, A>) -> ChannelSlices<'a, A> {
         ChannelSlices {
             hi: &row.hi,
             lo: &row.lo,
@@ -116,10 +117,6 @@ impl Tiling for Columns {
             shift: &row.shift,
         }
     }
-}
-
-impl Summing for Columns {
-    type Grads<'a, A: Real + 'a> = GradSlices<'a, A>;
 
     fn values(&self, part: usize) -> usize {
         (self.dims.n - part * self.rows).min(self.rows)
@@ -207,7 +204,7 @@ impl Summing for Columns {
             tile.group,
             #[inline(always)]
             |columns| {
-                let channel = self.at(channels, 0);
+                let channel = self.at(channels);
                 let mut sums = StripSums::<T::Real>::new(channel, &channels.mean, &columns);
                 let mut rooms = [T::ROOM; 3];
                 let mut row = columns.clone();

@@ -1,15 +1,16 @@
 //! Batch norm on the CPU: loops over slices, without candle's types.
 //!
-//! [`forward`] and [`backward`] take whole tensors. Both go over a tensor part by part, in
-//! [`passes`]: first for sums, merged to what a channel needs, and then for every value. How a tensor is divided
-//! among threads and what is computed per value stand in [`loops`](crate::ops::loops); where its channels lie, in
-//! [`planes`] and [`columns`].
+//! [`forward`] and [`backward`] take whole tensors. Both go over a tensor part by part: first for sums, merged to what
+//! a channel needs, and then for every value, channel by channel ([`passes`]) or in the order of memory
+//! ([`in_order`], [`pooled`]). How a tensor is divided among threads and what is computed per value stand in
+//! [`loops`](crate::ops::loops); where its channels lie, in [`planes`] and [`columns`].
 
 // With an index below a length, the compiler leaves out the checks of bounds behind closures; with
 // an enumerated iterator it keeps them, and a scalar rest of each loop.
 #![allow(clippy::needless_range_loop)]
 
 mod columns;
+mod in_order;
 mod passes;
 mod planes;
 mod pooled;
@@ -17,8 +18,10 @@ mod rows;
 
 use super::{Activation, Spec, Wants};
 use columns::Columns;
-use planes::{InOrder, Planes};
+use passes::Tiling;
+use planes::Planes;
 
+use crate::ops::cache;
 pub(crate) use crate::ops::loops::convert::Element;
 use crate::ops::loops::element::{FromInput, FromOutput, Mask, NoMask, Slice};
 use crate::ops::loops::{Params, PLANE};
@@ -63,6 +66,7 @@ pub(crate) struct Backward<'a, T> {
 }
 
 impl<'a, T> Backward<'a, T> {
+    /// What is summed up.
     fn tensors(&self) -> Slice<'a, T> {
         Slice {
             x: self.x,
@@ -81,16 +85,23 @@ pub(crate) struct Grads<T> {
 
 /// The output, with given statistics or with those of `x`.
 pub(crate) fn forward<T: Element>(job: &Forward<T>) -> Normalised<T> {
-    let spec = job.spec;
+    let (spec, x) = (job.spec, job.x);
     if let Some(windows) = &spec.windows {
         return pooled::forward(job, windows);
     }
     match (&job.given, as_columns(spec)) {
         (None, true) => passes::forward_training(&Columns::new(spec.dims), job),
+        (None, false) if in_order(2, x) => in_order::forward(job, statistics(spec, x)),
         (None, false) => passes::forward_training(&Planes(spec.dims), job),
         (Some(given), true) => passes::forward_given(&Columns::new(spec.dims), job, given),
-        (Some(given), false) => passes::forward_given(&InOrder(spec.dims), job, given),
+        (Some([mean, var]), false) => in_order::forward(job, [mean.as_slice(), var].concat()),
     }
+}
+
+/// Whether a pass over planes that has its sums goes in the order of memory, which is faster where the cache still has
+/// what was summed up. `tensors` like `x` are read and written.
+fn in_order<T>(tensors: usize, x: &[T]) -> bool {
+    cache::holds(tensors * size_of_val(x))
 }
 
 /// The mean and the (biased) variance of `x: [n, c, s]`, `[2, c]`.
@@ -119,8 +130,27 @@ pub(crate) fn backward<T: Element>(job: &Backward<T>) -> Grads<T> {
 
 fn backward_masked<T: Element, M: Mask<T>>(job: &Backward<T>) -> Grads<T> {
     let spec = job.spec;
-    match as_columns(spec) {
-        true => passes::backward::<_, T, M>(&Columns::new(spec.dims), job),
-        false => passes::backward::<_, T, M>(&Planes(spec.dims), job),
+    if as_columns(spec) {
+        return passes::backward::<_, T, M>(&Columns::new(spec.dims), job);
+    }
+    let planes = Planes(spec.dims);
+    match in_order(3, job.x) {
+        true => in_order::backward::<_, M>(job, sums::<_, _, M>(&planes, job)),
+        false => passes::backward::<_, T, M>(&planes, job),
     }
 }
+
+/// The gradients of weight and bias, `[2, c]`, if something depends on them.
+fn sums<L: Tiling, T: Element, M: Mask<T>>(tiling: &L, job: &Backward<T>) -> Option<Vec<f64>> {
+    if !job.wants.sums(job.spec) {
+        return None;
+    }
+    let only_sums = Backward {
+        wants: Wants::ONLY_PARAMS,
+        ..*job
+    };
+    passes::backward::<_, T, M>(tiling, &only_sums).dparams
+}
+
+#[cfg(test)]
+mod tests;

@@ -6,17 +6,21 @@ use super::rows::{by_channel, channel_row, copy, grad_row, merge_moments};
 use super::rows::{ChannelRow, GradRow, Pair};
 use super::{Backward, Forward, Grads, Normalised, Params, Spec};
 use crate::ops::loops::convert::{Element, Real};
-use crate::ops::loops::element::{write_y, Channel, ChannelGrad, Channels, Mask};
+use crate::ops::loops::element::{self, Channel, ChannelGrad, Channels, Mask};
 use crate::ops::loops::sweep::{Division, Tile};
 use crate::ops::output::{Output, Parts};
 use crate::ops::parallel;
 use crate::ops::slices::vectorised;
 
-/// How the channels of a tensor lie in memory: in groups, and the values of a group in parts.
+/// How the channels of a tensor lie in memory: in groups, and the values of a group in parts, which are summed up
+/// channel by channel.
 pub(super) trait Tiling: Sync + Sized {
     /// A number for each channel of a group, or [`repeats`](Self::repeats) of them.
     type Row<A: Real>: AsRef<[A]> + AsMut<[A]> + Send + Sync;
     type Channels<'a, A: Real + 'a>: Channels<Channel<A>>
+    where
+        Self: 'a;
+    type Grads<'a, A: Real + 'a>: Channels<ChannelGrad<A>>
     where
         Self: 'a;
     fn division(&self) -> Division;
@@ -25,18 +29,11 @@ pub(super) trait Tiling: Sync + Sized {
     fn repeats(&self) -> usize;
     /// Zeros, `len` of them.
     fn row<A: Real>(&self, len: usize) -> Self::Row<A>;
-    /// The values of a tile: ranges of the tensor, and what [`at`](Self::at) has to know of each.
-    fn runs(&self, tile: Tile) -> impl Iterator<Item = (Range<usize>, usize)>;
+    /// The values of a tile: ranges of the tensor.
+    fn runs(&self, tile: Tile) -> impl Iterator<Item = Range<usize>>;
     /// What belongs to the values of a run.
-    fn at<'a, A: Real>(&self, row: &'a ChannelRow<Self, A>, run: usize) -> Self::Channels<'a, A>;
-}
-
-/// A [`Tiling`] whose parts can be summed up, channel by channel.
-pub(super) trait Summing: Tiling {
-    type Grads<'a, A: Real + 'a>: Channels<ChannelGrad<A>>
-    where
-        Self: 'a;
-
+    fn at<'a, A: Real>(&self, row: &'a ChannelRow<Self, A>) -> Self::Channels<'a, A>;
+    fn grad_at<'a, A: Real>(&self, row: &'a GradRow<Self, A>) -> Self::Grads<'a, A>;
     /// The number of values that a part has of each of its channels.
     fn values(&self, part: usize) -> usize;
     /// Mean (0 without `remove_mean`) and sum of squares around it, of the values of a tile.
@@ -48,65 +45,79 @@ pub(super) trait Summing: Tiling {
         tile: Tile,
         channels: &ChannelRow<Self, T::Real>,
     ) -> Pair<Self::Row<f64>>;
-    fn grad_at<'a, A: Real>(&self, row: &'a GradRow<Self, A>) -> Self::Grads<'a, A>;
 }
 
 /// Where the gradients that are wanted go, as large as `x`.
 #[derive(Clone, Copy)]
-struct GradParts<'a, T> {
+pub(super) struct GradParts<'a, T> {
     dx: Option<Parts<'a, T>>,
     dresidual: Option<Parts<'a, T>>,
 }
 
-/// Writes the output of a tile.
-#[inline(always)]
-fn write_tile_y<L: Tiling, T: Element>(
-    tiling: &L,
-    job: &Forward<T>,
-    tile: Tile,
-    row: &ChannelRow<L, T::Real>,
-    y: Parts<T>,
-) {
-    for (run, at) in tiling.runs(tile) {
-        let channels = tiling.at(row, at);
-        let residual = job.residual.map(|residual| &residual[run.clone()]);
-        // SAFETY: no two runs of any two tiles overlap.
-        let y = unsafe { y.part(run.clone()) };
-        write_y(y, &job.x[run], residual, channels, job.spec.activation);
+impl<'a, T> GradParts<'a, T> {
+    pub fn new(dx: &'a mut Option<Output<T>>, dresidual: &'a mut Option<Output<T>>) -> Self {
+        Self {
+            dx: dx.as_mut().map(Output::parts),
+            dresidual: dresidual.as_mut().map(Output::parts),
+        }
+    }
+
+    /// Whether there are any.
+    pub fn is_some(&self) -> bool {
+        self.dx.is_some() || self.dresidual.is_some()
     }
 }
 
-/// Writes the gradients of a tile.
+/// Writes the output of a run.
+///
+/// # Safety
+/// Nobody else holds any of it.
 #[inline(always)]
-fn write_tile_grads<L: Summing, T: Element, M: Mask<T>>(
-    tiling: &L,
+pub(super) unsafe fn write_y<T: Element>(
+    job: &Forward<T>,
+    run: Range<usize>,
+    channels: impl Channels<Channel<T::Real>>,
+    y: Parts<T>,
+) {
+    let residual = job.residual.map(
+        #[inline(always)]
+        |residual| &residual[run.clone()],
+    );
+    // SAFETY: the caller promises it.
+    let y = unsafe { y.part(run.clone()) };
+    element::write_y(y, &job.x[run], residual, channels, job.spec.activation);
+}
+
+/// Writes the gradients of a run.
+///
+/// # Safety
+/// Nobody else holds any of it.
+#[inline(always)]
+pub(super) unsafe fn write_grads<T: Element, M: Mask<T>>(
     job: &Backward<T>,
-    tile: Tile,
-    row: &ChannelRow<L, T::Real>,
-    grads: &GradRow<L, T::Real>,
+    run: Range<usize>,
+    channels: impl Channels<Channel<T::Real>>,
+    grads: impl Channels<ChannelGrad<T::Real>>,
     to: GradParts<T>,
 ) {
-    let tensors = job.tensors();
-    for (run, at) in tiling.runs(tile) {
-        let (channels, slice) = (tiling.at(row, at), tensors.part(run.clone()));
-        if let Some(dx) = to.dx {
-            // SAFETY: no two runs of any two tiles overlap.
-            let dx = unsafe { dx.part(run.clone()) };
-            if job.spec.training {
-                slice.write_dx_training::<M>(dx, channels, tiling.grad_at(grads));
-            } else {
-                slice.write_dx_given::<M>(dx, channels);
-            }
+    let slice = job.tensors().part(run.clone());
+    if let Some(dx) = to.dx {
+        // SAFETY: the caller promises it.
+        let dx = unsafe { dx.part(run.clone()) };
+        if job.spec.training {
+            slice.write_dx_training::<M>(dx, channels, grads);
+        } else {
+            slice.write_dx_given::<M>(dx, channels);
         }
-        if let Some(dresidual) = to.dresidual {
-            // SAFETY: as for `dx`.
-            slice.write_g::<M>(unsafe { dresidual.part(run) }, channels);
-        }
+    }
+    if let Some(dresidual) = to.dresidual {
+        // SAFETY: as for `dx`.
+        slice.write_g::<M>(unsafe { dresidual.part(run) }, channels);
     }
 }
 
 /// The forward pass with the statistics of the batch.
-pub(super) fn forward_training<L: Summing, T: Element>(
+pub(super) fn forward_training<L: Tiling, T: Element>(
     tiling: &L,
     job: &Forward<T>,
 ) -> Normalised<T> {
@@ -134,7 +145,8 @@ pub(super) fn forward_training<L: Summing, T: Element>(
                 },
             )
         },
-        |tile, row| write_tile(tiling, tile, row, job, y_parts),
+        // SAFETY: no two tiles overlap.
+        |tile, row| unsafe { write_tile(tiling, tile, row, job, y_parts) },
     );
     let saved = by_channel(tiling, &groups, |row| [row.mean.as_ref(), row.var.as_ref()]);
     Normalised {
@@ -146,7 +158,7 @@ pub(super) fn forward_training<L: Summing, T: Element>(
 }
 
 /// The statistics of the batch alone, `[2, c]`.
-pub(super) fn statistics<L: Summing, T: Element>(tiling: &L, spec: &Spec, x: &[T]) -> Vec<f64> {
+pub(super) fn statistics<L: Tiling, T: Element>(tiling: &L, spec: &Spec, x: &[T]) -> Vec<f64> {
     let groups = tiling.division().sweep(
         |tile| {
             vectorised(
@@ -181,7 +193,8 @@ pub(super) fn forward_given<L: Tiling, T: Element>(
     let rows = given_rows(tiling, job.spec, job.params, mean, var);
     parallel::for_each(groups * parts, values, |index| {
         let (group, part) = (index / parts, index % parts);
-        write_tile(tiling, Tile { group, part }, &rows[group], job, y_parts);
+        // SAFETY: no two tiles overlap.
+        unsafe { write_tile(tiling, Tile { group, part }, &rows[group], job, y_parts) }
     });
     Normalised {
         // SAFETY: the runs of all tiles make up the whole tensor.
@@ -213,7 +226,11 @@ fn given_rows<L: Tiling, A: Real>(
     })
 }
 
-fn write_tile<L: Tiling, T: Element>(
+/// Writes the output of a tile.
+///
+/// # Safety
+/// Nobody else holds any of it.
+unsafe fn write_tile<L: Tiling, T: Element>(
     tiling: &L,
     tile: Tile,
     row: &ChannelRow<L, T::Real>,
@@ -222,11 +239,16 @@ fn write_tile<L: Tiling, T: Element>(
 ) {
     vectorised(
         #[inline(always)]
-        || write_tile_y(tiling, job, tile, row, y),
+        || {
+            for run in tiling.runs(tile) {
+                // SAFETY: the caller promises it.
+                unsafe { write_y(job, run, tiling.at(row), y) }
+            }
+        },
     )
 }
 
-pub(super) fn backward<L: Summing, T: Element, M: Mask<T>>(
+pub(super) fn backward<L: Tiling, T: Element, M: Mask<T>>(
     tiling: &L,
     job: &Backward<T>,
 ) -> Grads<T> {
@@ -234,10 +256,7 @@ pub(super) fn backward<L: Summing, T: Element, M: Mask<T>>(
     let numel = spec.dims.numel();
     let mut dx = wants.dx.then(|| Output::new(numel));
     let mut dresidual = wants.dresidual.then(|| Output::new(numel));
-    let to = GradParts {
-        dx: dx.as_mut().map(Output::parts),
-        dresidual: dresidual.as_mut().map(Output::parts),
-    };
+    let to = GradParts::new(&mut dx, &mut dresidual);
     let (means, vars) = job.saved.split_at(spec.dims.c);
     let division = tiling.division();
     let rows = given_rows(tiling, spec, job.params, means, vars);
@@ -258,10 +277,18 @@ pub(super) fn backward<L: Summing, T: Element, M: Mask<T>>(
             )
         },
         |tile, grads| {
-            if to.dx.is_some() || to.dresidual.is_some() {
+            if to.is_some() {
                 vectorised(
                     #[inline(always)]
-                    || write_tile_grads::<_, T, M>(tiling, job, tile, &rows[tile.group], grads, to),
+                    || {
+                        for run in tiling.runs(tile) {
+                            let channels = tiling.at(&rows[tile.group]);
+                            // SAFETY: no two runs of any two tiles overlap.
+                            unsafe {
+                                write_grads::<T, M>(job, run, channels, tiling.grad_at(grads), to)
+                            }
+                        }
+                    },
                 )
             }
         },

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::passes::{Summing, Tiling};
+use super::passes::Tiling;
 use super::rows::{ChannelRow, GradRow, Pair};
 use super::Backward;
 use crate::ops::loops::convert::{Element, Real};
@@ -17,6 +17,7 @@ pub(super) struct Planes(pub Dims);
 impl Tiling for Planes {
     type Row<A: Real> = [A; 1];
     type Channels<'a, A: Real + 'a> = Same<Channel<A>>;
+    type Grads<'a, A: Real + 'a> = Same<ChannelGrad<A>>;
 
     fn division(&self) -> Division {
         Division {
@@ -39,7 +40,7 @@ impl Tiling for Planes {
     }
 
     #[inline(always)]
-    fn runs(&self, tile: Tile) -> impl Iterator<Item = (Range<usize>, usize)> {
+    fn runs(&self, tile: Tile) -> impl Iterator<Item = Range<usize>> {
         let Dims { c, s, .. } = self.0;
         let end = tile.part * PART + self.values(tile.part);
         let mut next = tile.part * PART;
@@ -52,12 +53,12 @@ impl Tiling for Planes {
             let len = (s - offset).min(end - next);
             next += len;
             let start = (n * c + tile.group) * s + offset;
-            Some((start..start + len, 0))
+            Some(start..start + len)
         })
     }
 
     #[inline(always)]
-    fn at<A: Real>(&self, row: &ChannelRow<Self, A>, _run: usize) -> Same<Channel<A>> {
+    fn at<A: Real>(&self, row: &ChannelRow<Self, A>) -> Same<Channel<A>> {
         Same(Channel {
             hi: row.hi[0],
             lo: row.lo[0],
@@ -65,10 +66,6 @@ impl Tiling for Planes {
             shift: row.shift[0],
         })
     }
-}
-
-impl Summing for Planes {
-    type Grads<'a, A: Real + 'a> = Same<ChannelGrad<A>>;
 
     fn values(&self, part: usize) -> usize {
         (self.0.m() - part * PART).min(PART)
@@ -80,7 +77,7 @@ impl Summing for Planes {
         let runs = || {
             self.runs(tile).map(
                 #[inline(always)]
-                |(run, _)| &x[run],
+                |run| &x[run],
             )
         };
         let ahead = Ahead::in_slices::<T>(s, c * s);
@@ -96,11 +93,11 @@ impl Summing for Planes {
         tile: Tile,
         row: &ChannelRow<Self, T::Real>,
     ) -> Pair<[f64; 1]> {
-        let (Same(channel), mean) = (self.at(row, 0), row.mean[0]);
+        let (Same(channel), mean) = (self.at(row), row.mean[0]);
         let (tensors, mut sums) = (job.tensors(), GradSums::<true>::new());
         let Dims { c, s, .. } = self.0;
         let ahead = Ahead::in_slices::<T>(s, c * s);
-        for (run, _) in self.runs(tile) {
+        for run in self.runs(tile) {
             sums.add::<T, M>(&tensors.part(run), &channel, mean, ahead);
         }
         let (g, gx) = sums.totals();
@@ -112,59 +109,6 @@ impl Summing for Planes {
         Same(ChannelGrad {
             mean_g: row.mean_g[0],
             slope: row.slope[0],
-        })
-    }
-}
-
-/// The same tensor in the order of memory: all channels one group, for a pass that needs no sums.
-pub(super) struct InOrder(pub Dims);
-
-impl Tiling for InOrder {
-    type Row<A: Real> = Vec<A>;
-    type Channels<'a, A: Real + 'a> = Same<Channel<A>>;
-
-    fn division(&self) -> Division {
-        Division {
-            groups: 1,
-            parts: self.0.numel().div_ceil(PART),
-            values: self.0.numel(),
-        }
-    }
-
-    fn channels(&self, _group: usize) -> Range<usize> {
-        0..self.0.c
-    }
-
-    fn repeats(&self) -> usize {
-        1
-    }
-
-    fn row<A: Real>(&self, len: usize) -> Vec<A> {
-        vec![A::ZERO; len]
-    }
-
-    #[inline(always)]
-    fn runs(&self, tile: Tile) -> impl Iterator<Item = (Range<usize>, usize)> {
-        let Dims { c, s, .. } = self.0;
-        let end = self.0.numel().min((tile.part + 1) * PART);
-        let mut next = tile.part * PART;
-        std::iter::from_fn(move || {
-            if next >= end {
-                return None;
-            }
-            let (plane, start) = (next / s, next);
-            next = end.min((plane + 1) * s);
-            Some((start..next, plane % c))
-        })
-    }
-
-    #[inline(always)]
-    fn at<A: Real>(&self, row: &ChannelRow<Self, A>, channel: usize) -> Same<Channel<A>> {
-        Same(Channel {
-            hi: row.hi[channel],
-            lo: row.lo[channel],
-            scale: row.scale[channel],
-            shift: row.shift[channel],
         })
     }
 }

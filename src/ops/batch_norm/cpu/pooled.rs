@@ -3,11 +3,11 @@
 
 use std::mem::MaybeUninit;
 
+use super::in_order::{channels, grads};
 use super::{statistics, Backward, Forward, Grads, Normalised, Spec, Wants};
 use crate::ops::batch_norm::Activation;
 use crate::ops::loops::convert::{Element, Real};
-use crate::ops::loops::element::{cut, relu, Channel, ChannelGrad};
-use crate::ops::loops::Params;
+use crate::ops::loops::element::{cut, relu, Channel};
 use crate::ops::max_pool2d::cpu::for_planes;
 use crate::ops::max_pool2d::windows::Windows;
 use crate::ops::output::Output;
@@ -57,7 +57,7 @@ pub(super) fn forward<T: Element>(job: &Forward<T>, windows: &Windows) -> Normal
 pub(super) fn backward<T: Element>(job: &Backward<T>, windows: &Windows) -> Grads<T> {
     let (spec, wants, c) = (job.spec, job.wants, job.spec.dims.c);
     assert!(!wants.dresidual, "no pooling behind a residual");
-    let dparams = wants.sums(spec).then(|| sums(job, windows));
+    let dparams = sums(job, windows);
     let sums = dparams.as_ref().filter(|_| spec.training);
     let grads = sums.map(|sums| grads::<T::Real>(spec, job.saved, sums));
     let channels = channels::<T::Real>(spec, job.params, job.saved);
@@ -96,9 +96,13 @@ pub(super) fn backward<T: Element>(job: &Backward<T>, windows: &Windows) -> Grad
     }
 }
 
-/// The gradients of weight and bias: sums over the maxima, for all other pixels have a gradient of 0. (With given
-/// statistics and an infinite one among them, two ops have a NaN in the sums, `0·∞`, which is left out here.)
-fn sums<T: Element>(job: &Backward<T>, windows: &Windows) -> Vec<f64> {
+/// The gradients of weight and bias, if something depends on them: sums over the maxima, for all other pixels have a
+/// gradient of 0. (With given statistics and an infinite one among them, two ops have a NaN in the sums, `0·∞`, which
+/// is left out here.)
+fn sums<T: Element>(job: &Backward<T>, windows: &Windows) -> Option<Vec<f64>> {
+    if !job.wants.sums(job.spec) {
+        return None;
+    }
     let s = windows.outputs();
     let spec = Spec {
         dims: Dims { s, ..job.spec.dims },
@@ -109,36 +113,10 @@ fn sums<T: Element>(job: &Backward<T>, windows: &Windows) -> Vec<f64> {
         spec: &spec,
         x: job.maxima.expect("the maxima of a pooled output"),
         maxima: None,
-        wants: Wants {
-            dx: false,
-            dparams: true,
-            dresidual: false,
-        },
+        wants: Wants::ONLY_PARAMS,
         ..*job
     };
-    let grads = super::backward(&of_maxima);
-    grads.dparams.expect("the sums that were asked for")
-}
-
-/// How the channels are normalised, from the means and the variances.
-fn channels<A: Real>(spec: &Spec, params: &Params, stats: &[f64]) -> Vec<Channel<A>> {
-    let (means, vars) = stats.split_at(spec.dims.c);
-    let channel = |c: usize| {
-        let rstd = spec.rstd(vars[c]);
-        Channel::new(means[c], rstd, params.weight[c], params.bias[c])
-    };
-    (0..spec.dims.c).map(channel).collect()
-}
-
-/// What the channels need for `dx`, from the gradients of their weights and biases.
-fn grads<A: Real>(spec: &Spec, stats: &[f64], dparams: &[f64]) -> Vec<ChannelGrad<A>> {
-    let (vars, m) = (&stats[spec.dims.c..], spec.dims.m() as f64);
-    let (dweight, dbias) = dparams.split_at(spec.dims.c);
-    let grad = |c: usize| ChannelGrad {
-        mean_g: A::from_f64(if spec.remove_mean { dbias[c] / m } else { 0.0 }),
-        slope: A::from_f64(spec.rstd(vars[c]) * dweight[c] / m),
-    };
-    (0..spec.dims.c).map(grad).collect()
+    super::backward(&of_maxima).dparams
 }
 
 /// Batch norm, an activation and a maximum over windows, of one plane after the other.

@@ -2,7 +2,7 @@
 
 use std::ops::Range;
 
-use super::passes::{Summing, Tiling};
+use super::passes::Tiling;
 use super::{Params, Spec};
 use crate::ops::loops::convert::Real;
 use crate::ops::loops::element::Channel;
@@ -64,7 +64,7 @@ pub(super) fn by_channel<L: Tiling, G>(
 /// Mean and biased variance of a group from the moments of its parts, and of the columns of each
 /// channel (Chan et al. 1983, <https://doi.org/10.1080/00031305.1983.10483115>).
 #[inline(always)]
-pub(super) fn merge_moments<L: Summing>(
+pub(super) fn merge_moments<L: Tiling>(
     tiling: &L,
     channels: Range<usize>,
     parts: &[Pair<L::Row<f64>>],
