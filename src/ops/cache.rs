@@ -1,11 +1,10 @@
 //! The cache that the cores share.
 
-use gemm_common::cache::CACHE_INFO;
-
-/// More than this is shared by cores that are busy with something else.
-const MOST: usize = 32 << 20;
+/// What of it there is on many machines, and is not taken by somebody else's cores on larger ones. It is not asked for:
+/// the way that a tensor of some size takes is to be the same everywhere.
+const SHARED: usize = 32 << 20;
 
 /// Whether tensors of so many bytes in all stay there from one pass over them to the next.
 pub(crate) fn holds(bytes: usize) -> bool {
-    bytes <= CACHE_INFO[2].cache_bytes.min(MOST)
+    bytes <= SHARED
 }

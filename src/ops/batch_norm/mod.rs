@@ -52,12 +52,6 @@ pub(crate) struct Wants {
 }
 
 impl Wants {
-    pub const ONLY_PARAMS: Self = Self {
-        dx: false,
-        dparams: true,
-        dresidual: false,
-    };
-
     /// Whether there have to be sums over a channel.
     pub fn sums(&self, spec: &Spec) -> bool {
         self.dparams || (self.dx && spec.training)

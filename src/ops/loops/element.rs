@@ -59,6 +59,15 @@ pub(crate) struct ChannelGrad<A> {
 }
 
 impl<A: Real> ChannelGrad<A> {
+    /// From the sums over `m` values: the gradients of weight and bias, `rstd·Σ(g·(x - mean))` and `Σg`.
+    #[inline(always)]
+    pub fn new(rstd: f64, dweight: f64, dbias: f64, m: f64, remove_mean: bool) -> Self {
+        Self {
+            mean_g: A::from_f64(if remove_mean { dbias / m } else { 0.0 }),
+            slope: A::from_f64(rstd * dweight / m),
+        }
+    }
+
     #[inline(always)]
     pub fn dx(&self, channel: &Channel<A>, x: A, g: A) -> A {
         channel.scale * (g - self.mean_g - channel.centre(x) * self.slope)

@@ -165,7 +165,7 @@ pub(crate) fn spread(sum: f64, squares: f64, m: f64) -> f64 {
 }
 
 /// Mean (0 without `remove_mean`) of `m` values and the sum of squares around it. `runs` gives the slices
-/// that they stand in, again with each call. (Loops over it, for what iterators do inside is not compiled for
+/// that they stand in, again with each call, `ahead` says where the next ones lie. (Loops over it, for what iterators do inside is not compiled for
 /// wide registers.)
 #[inline(always)]
 pub(crate) fn moments<'a, const APART: bool, T: Element, I: Iterator<Item = &'a [T]>>(
@@ -219,7 +219,7 @@ impl<const APART: bool> GradSums<APART> {
         (self.g.total(), self.gx.total())
     }
 
-    /// Adds the values of a slice of one channel.
+    /// Adds the values of a slice of one channel; `ahead` says where the next ones lie.
     #[inline(always)]
     pub fn add<T: Element, M: Mask<T>>(
         &mut self,

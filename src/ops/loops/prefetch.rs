@@ -17,14 +17,16 @@ impl Ahead {
     /// In slices that follow each other.
     pub const IN_LINE: Self = Self { bytes: DISTANCE };
 
-    /// In slices of `len` values, each `stride` values behind the one before.
-    pub fn in_slices<T>(len: usize, stride: usize) -> Self {
-        let (bytes, stride) = (len * size_of::<T>(), stride * size_of::<T>());
+    /// In `count` slices of `len` values, each `stride` values behind the one before.
+    pub fn in_slices<T>(count: usize, len: usize, stride: usize) -> Self {
+        let bytes = len * size_of::<T>();
         if bytes >= 2 * DISTANCE {
             return Self::IN_LINE;
         }
+        // Behind the last slice there is nothing to ask for.
+        let slices = DISTANCE.div_ceil(bytes.max(1)).min(count / 2);
         Self {
-            bytes: DISTANCE.div_ceil(bytes.max(1)) * stride,
+            bytes: slices * stride * size_of::<T>(),
         }
     }
 

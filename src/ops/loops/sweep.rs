@@ -41,7 +41,7 @@ impl Division {
             parts,
             values,
         } = self;
-        if parts == 1 || groups >= GROUPS_PER_THREAD * threads() || !is_parallel(values) {
+        if self.is_for_groups() {
             return map(groups, values, |group| {
                 let tiles = (0..parts).map(|part| Tile { group, part });
                 let reduced: Vec<_> = tiles.clone().map(&reduce).collect();
@@ -50,17 +50,46 @@ impl Division {
                 finished
             });
         }
-        let tile = |index: usize| Tile {
-            group: index / parts,
-            part: index % parts,
-        };
-        let reduced = map(groups * parts, values, |index| reduce(tile(index)));
-        let reduced = reduced.chunks(parts).enumerate();
-        let finished: Vec<_> = reduced.map(|(group, tiles)| finish(group, tiles)).collect();
+        let finished = self.reduce(reduce, finish);
         for_each(groups * parts, values, |index| {
-            let tile = tile(index);
+            let tile = self.tile(index);
             visit(tile, &finished[tile.group]);
         });
         finished
+    }
+
+    /// The same without a second look at the tiles.
+    pub fn reduce<P: Send, G: Send>(
+        self,
+        reduce: impl Fn(Tile) -> P + Sync,
+        finish: impl Fn(usize, &[P]) -> G + Sync,
+    ) -> Vec<G> {
+        let Self {
+            groups,
+            parts,
+            values,
+        } = self;
+        if self.is_for_groups() {
+            return map(groups, values, |group| {
+                let tiles = (0..parts).map(|part| Tile { group, part });
+                finish(group, &tiles.map(&reduce).collect::<Vec<_>>())
+            });
+        }
+        let reduced = map(groups * parts, values, |index| reduce(self.tile(index)));
+        let reduced = reduced.chunks(parts).enumerate();
+        reduced.map(|(group, tiles)| finish(group, tiles)).collect()
+    }
+
+    /// Whether a task is about a group, not about a tile.
+    fn is_for_groups(&self) -> bool {
+        let enough = GROUPS_PER_THREAD * threads();
+        self.parts == 1 || self.groups >= enough || !is_parallel(self.values)
+    }
+
+    fn tile(&self, index: usize) -> Tile {
+        Tile {
+            group: index / self.parts,
+            part: index % self.parts,
+        }
     }
 }

@@ -16,7 +16,7 @@ use crate::shape::Dims;
 /// The forward pass with the statistics of each channel, `[2, c]`.
 pub(super) fn forward<T: Element>(job: &Forward<T>, stats: Vec<f64>) -> Normalised<T> {
     let channels = channels::<T::Real>(job.spec, job.params, &stats);
-    let mut y = Output::new(job.x.len());
+    let mut y = Output::new(job.spec.dims.numel());
     let parts = y.parts();
     for_parts(job.spec.dims, |part| {
         vectorised(
@@ -37,20 +37,21 @@ pub(super) fn forward<T: Element>(job: &Forward<T>, stats: Vec<f64>) -> Normalis
     }
 }
 
-/// The backward pass with the gradients of weight and bias, `[2, c]`, without which nothing flows through the
-/// statistics.
+/// The backward pass with the gradients of weight and bias, `[2, c]`, which have to be there in training.
 pub(super) fn backward<T: Element, M: Mask<T>>(
     job: &Backward<T>,
     dparams: Option<Vec<f64>>,
 ) -> Grads<T> {
     let (spec, wants) = (job.spec, job.wants);
     let channels = channels::<T::Real>(spec, job.params, job.saved);
-    let grads = match &dparams {
+    let grads = match dparams.as_ref().filter(|_| spec.training) {
         Some(dparams) => grads::<T::Real>(spec, job.saved, dparams),
+        // Nothing flows through given statistics, and nobody looks at these.
         None => vec![ChannelGrad::default(); spec.dims.c],
     };
-    let mut dx = wants.dx.then(|| Output::new(job.x.len()));
-    let mut dresidual = wants.dresidual.then(|| Output::new(job.x.len()));
+    let numel = spec.dims.numel();
+    let mut dx = wants.dx.then(|| Output::new(numel));
+    let mut dresidual = wants.dresidual.then(|| Output::new(numel));
     let to = GradParts::new(&mut dx, &mut dresidual);
     if to.is_some() {
         for_parts(spec.dims, |part| {
@@ -109,9 +110,9 @@ pub(super) fn channels<A: Real>(spec: &Spec, params: &Params, stats: &[f64]) -> 
 pub(super) fn grads<A: Real>(spec: &Spec, stats: &[f64], dparams: &[f64]) -> Vec<ChannelGrad<A>> {
     let (vars, m) = (&stats[spec.dims.c..], spec.dims.m() as f64);
     let (dweight, dbias) = dparams.split_at(spec.dims.c);
-    let grad = |c: usize| ChannelGrad {
-        mean_g: A::from_f64(if spec.remove_mean { dbias[c] / m } else { 0.0 }),
-        slope: A::from_f64(spec.rstd(vars[c]) * dweight[c] / m),
+    let grad = |c: usize| {
+        let rstd = spec.rstd(vars[c]);
+        ChannelGrad::new(rstd, dweight[c], dbias[c], m, spec.remove_mean)
     };
     (0..spec.dims.c).map(grad).collect()
 }

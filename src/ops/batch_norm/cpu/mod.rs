@@ -18,7 +18,6 @@ mod rows;
 
 use super::{Activation, Spec, Wants};
 use columns::Columns;
-use passes::Tiling;
 use planes::Planes;
 
 use crate::ops::cache;
@@ -66,7 +65,7 @@ pub(crate) struct Backward<'a, T> {
 }
 
 impl<'a, T> Backward<'a, T> {
-    /// What is summed up.
+    /// What the loops read.
     fn tensors(&self) -> Slice<'a, T> {
         Slice {
             x: self.x,
@@ -86,21 +85,31 @@ pub(crate) struct Grads<T> {
 /// The output, with given statistics or with those of `x`.
 pub(crate) fn forward<T: Element>(job: &Forward<T>) -> Normalised<T> {
     let (spec, x) = (job.spec, job.x);
+    check(spec, x);
     if let Some(windows) = &spec.windows {
         return pooled::forward(job, windows);
     }
+    let tensors = 2 + usize::from(job.residual.is_some());
     match (&job.given, as_columns(spec)) {
         (None, true) => passes::forward_training(&Columns::new(spec.dims), job),
-        (None, false) if in_order(2, x) => in_order::forward(job, statistics(spec, x)),
+        (None, false) if stays_in_cache(tensors, x) => in_order::forward(job, statistics(spec, x)),
         (None, false) => passes::forward_training(&Planes(spec.dims), job),
         (Some(given), true) => passes::forward_given(&Columns::new(spec.dims), job, given),
         (Some([mean, var]), false) => in_order::forward(job, [mean.as_slice(), var].concat()),
     }
 }
 
-/// Whether a pass over planes that has its sums goes in the order of memory, which is faster where the cache still has
-/// what was summed up. `tensors` like `x` are read and written.
-fn in_order<T>(tensors: usize, x: &[T]) -> bool {
+/// The loops rely on it.
+fn check<T>(spec: &Spec, x: &[T]) {
+    assert_eq!(x.len(), spec.dims.numel());
+    if let Some(windows) = &spec.windows {
+        assert_eq!(windows.inputs(), spec.dims.s);
+    }
+}
+
+/// Whether so many tensors like `x` are still in the cache after a pass for sums over some of them. Then the next one
+/// is faster in the order of memory; else it has to follow channel by channel.
+fn stays_in_cache<T>(tensors: usize, x: &[T]) -> bool {
     cache::holds(tensors * size_of_val(x))
 }
 
@@ -116,40 +125,50 @@ fn as_columns(spec: &Spec) -> bool {
     spec.dims.s < PLANE
 }
 
+/// Calls a function that is generic over the mask.
+macro_rules! by_mask {
+    ($f:ident($job:expr)) => {
+        match ($job.spec.activation, $job.y) {
+            (Activation::Identity, _) => $f::<_, NoMask>($job),
+            (Activation::Relu, None) => $f::<_, FromInput>($job),
+            (Activation::Relu, Some(_)) => $f::<_, FromOutput>($job),
+        }
+    };
+}
+
 /// The gradients of [`forward`].
 pub(crate) fn backward<T: Element>(job: &Backward<T>) -> Grads<T> {
-    if let Some(windows) = &job.spec.windows {
-        return pooled::backward(job, windows);
-    }
-    match (job.spec.activation, job.y) {
-        (Activation::Identity, _) => backward_masked::<_, NoMask>(job),
-        (Activation::Relu, None) => backward_masked::<_, FromInput>(job),
-        (Activation::Relu, Some(_)) => backward_masked::<_, FromOutput>(job),
+    check(job.spec, job.x);
+    match &job.spec.windows {
+        Some(windows) => pooled::backward(job, windows),
+        None => by_mask!(backward_masked(job)),
     }
 }
 
 fn backward_masked<T: Element, M: Mask<T>>(job: &Backward<T>) -> Grads<T> {
-    let spec = job.spec;
+    let (spec, wants) = (job.spec, job.wants);
+    let tensors = [true, true, job.y.is_some(), wants.dx, wants.dresidual];
+    let tensors = tensors.into_iter().map(usize::from).sum();
     if as_columns(spec) {
-        return passes::backward::<_, T, M>(&Columns::new(spec.dims), job);
-    }
-    let planes = Planes(spec.dims);
-    match in_order(3, job.x) {
-        true => in_order::backward::<_, M>(job, sums::<_, _, M>(&planes, job)),
-        false => passes::backward::<_, T, M>(&planes, job),
+        passes::backward::<_, T, M>(&Columns::new(spec.dims), job)
+    } else if stays_in_cache(tensors, job.x) {
+        let dparams = wants.sums(spec);
+        in_order::backward::<T, M>(job, dparams.then(|| param_grads_masked::<T, M>(job)))
+    } else {
+        passes::backward::<_, T, M>(&Planes(spec.dims), job)
     }
 }
 
-/// The gradients of weight and bias, `[2, c]`, if something depends on them.
-fn sums<L: Tiling, T: Element, M: Mask<T>>(tiling: &L, job: &Backward<T>) -> Option<Vec<f64>> {
-    if !job.wants.sums(job.spec) {
-        return None;
+/// The gradients of weight and bias, `[2, c]`, where nothing is pooled.
+fn param_grads<T: Element>(job: &Backward<T>) -> Vec<f64> {
+    by_mask!(param_grads_masked(job))
+}
+
+fn param_grads_masked<T: Element, M: Mask<T>>(job: &Backward<T>) -> Vec<f64> {
+    match as_columns(job.spec) {
+        true => passes::param_grads::<_, T, M>(&Columns::new(job.spec.dims), job),
+        false => passes::param_grads::<_, T, M>(&Planes(job.spec.dims), job),
     }
-    let only_sums = Backward {
-        wants: Wants::ONLY_PARAMS,
-        ..*job
-    };
-    passes::backward::<_, T, M>(tiling, &only_sums).dparams
 }
 
 #[cfg(test)]

@@ -31,7 +31,7 @@ pub(super) trait Tiling: Sync + Sized {
     fn row<A: Real>(&self, len: usize) -> Self::Row<A>;
     /// The values of a tile: ranges of the tensor.
     fn runs(&self, tile: Tile) -> impl Iterator<Item = Range<usize>>;
-    /// What belongs to the values of a run.
+    /// What belongs to the values of a run, each of which has values of the same channels.
     fn at<'a, A: Real>(&self, row: &'a ChannelRow<Self, A>) -> Self::Channels<'a, A>;
     fn grad_at<'a, A: Real>(&self, row: &'a GradRow<Self, A>) -> Self::Grads<'a, A>;
     /// The number of values that a part has of each of its channels.
@@ -121,7 +121,7 @@ pub(super) fn forward_training<L: Tiling, T: Element>(
     tiling: &L,
     job: &Forward<T>,
 ) -> Normalised<T> {
-    let mut y = Output::new(job.x.len());
+    let mut y = Output::new(job.spec.dims.numel());
     let y_parts = y.parts();
     let groups = tiling.division().sweep(
         |tile| {
@@ -159,7 +159,7 @@ pub(super) fn forward_training<L: Tiling, T: Element>(
 
 /// The statistics of the batch alone, `[2, c]`.
 pub(super) fn statistics<L: Tiling, T: Element>(tiling: &L, spec: &Spec, x: &[T]) -> Vec<f64> {
-    let groups = tiling.division().sweep(
+    let groups = tiling.division().reduce(
         |tile| {
             vectorised(
                 #[inline(always)]
@@ -167,7 +167,6 @@ pub(super) fn statistics<L: Tiling, T: Element>(tiling: &L, spec: &Spec, x: &[T]
             )
         },
         |group, moments| merge_moments(tiling, tiling.channels(group), moments),
-        |_, _| {},
     );
     by_channel(tiling, &groups, |Pair(mean, var)| {
         [mean.as_ref(), var.as_ref()]
@@ -183,7 +182,7 @@ pub(super) fn forward_given<L: Tiling, T: Element>(
     job: &Forward<T>,
     [mean, var]: &[Vec<f64>; 2],
 ) -> Normalised<T> {
-    let mut y = Output::new(job.x.len());
+    let mut y = Output::new(job.spec.dims.numel());
     let y_parts = y.parts();
     let Division {
         groups,
@@ -240,14 +239,46 @@ unsafe fn write_tile<L: Tiling, T: Element>(
     vectorised(
         #[inline(always)]
         || {
+            let channels = tiling.at(row);
             for run in tiling.runs(tile) {
                 // SAFETY: the caller promises it.
-                unsafe { write_y(job, run, tiling.at(row), y) }
+                unsafe { write_y(job, run, channels, y) }
             }
         },
     )
 }
 
+/// The gradients of weight and bias alone, `[2, c]`.
+pub(super) fn param_grads<L: Tiling, T: Element, M: Mask<T>>(
+    tiling: &L,
+    job: &Backward<T>,
+) -> Vec<f64> {
+    let spec = job.spec;
+    let (means, vars) = job.saved.split_at(spec.dims.c);
+    let rows = given_rows(tiling, spec, job.params, means, vars);
+    let groups = tiling.division().reduce(
+        |tile| {
+            vectorised(
+                #[inline(always)]
+                || Some(tiling.grad_sums::<T, M>(job, tile, &rows[tile.group])),
+            )
+        },
+        |group, sums| {
+            vectorised(
+                #[inline(always)]
+                || grad_row(tiling, &rows[group], sums, spec.dims.m(), spec.remove_mean),
+            )
+        },
+    );
+    by_channel(tiling, &groups, dparams)
+}
+
+/// The gradients of weight and bias, of a group.
+fn dparams<L: Tiling, A: Real>(row: &GradRow<L, A>) -> [&[f64]; 2] {
+    [row.dweight.as_ref(), row.dbias.as_ref()]
+}
+
+/// The backward pass.
 pub(super) fn backward<L: Tiling, T: Element, M: Mask<T>>(
     tiling: &L,
     job: &Backward<T>,
@@ -281,23 +312,18 @@ pub(super) fn backward<L: Tiling, T: Element, M: Mask<T>>(
                 vectorised(
                     #[inline(always)]
                     || {
+                        let channels = tiling.at(&rows[tile.group]);
+                        let grads = tiling.grad_at(grads);
                         for run in tiling.runs(tile) {
-                            let channels = tiling.at(&rows[tile.group]);
                             // SAFETY: no two runs of any two tiles overlap.
-                            unsafe {
-                                write_grads::<T, M>(job, run, channels, tiling.grad_at(grads), to)
-                            }
+                            unsafe { write_grads::<T, M>(job, run, channels, grads, to) }
                         }
                     },
                 )
             }
         },
     );
-    let dparams = wants.dparams.then(|| {
-        by_channel(tiling, &groups, |row| {
-            [row.dweight.as_ref(), row.dbias.as_ref()]
-        })
-    });
+    let dparams = (wants.dparams).then(|| by_channel(tiling, &groups, dparams));
     // SAFETY: the runs of all tiles make up the whole tensor, and each is written to all that there is.
     unsafe {
         Grads {

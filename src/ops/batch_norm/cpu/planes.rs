@@ -73,14 +73,14 @@ impl Tiling for Planes {
 
     #[inline(always)]
     fn moments<T: Element>(&self, x: &[T], tile: Tile, remove_mean: bool) -> Pair<[f64; 1]> {
-        let Dims { c, s, .. } = self.0;
+        let Dims { n, c, s } = self.0;
         let runs = || {
             self.runs(tile).map(
                 #[inline(always)]
                 |run| &x[run],
             )
         };
-        let ahead = Ahead::in_slices::<T>(s, c * s);
+        let ahead = Ahead::in_slices::<T>(n, s, c * s);
         let m = self.values(tile.part) as f64;
         let (mean, squares) = moments::<true, _, _>(runs, m, remove_mean, ahead);
         Pair([mean], [squares])
@@ -95,8 +95,8 @@ impl Tiling for Planes {
     ) -> Pair<[f64; 1]> {
         let (Same(channel), mean) = (self.at(row), row.mean[0]);
         let (tensors, mut sums) = (job.tensors(), GradSums::<true>::new());
-        let Dims { c, s, .. } = self.0;
-        let ahead = Ahead::in_slices::<T>(s, c * s);
+        let Dims { n, c, s } = self.0;
+        let ahead = Ahead::in_slices::<T>(n, s, c * s);
         for run in self.runs(tile) {
             sums.add::<T, M>(&tensors.part(run), &channel, mean, ahead);
         }

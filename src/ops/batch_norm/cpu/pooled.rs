@@ -4,7 +4,7 @@
 use std::mem::MaybeUninit;
 
 use super::in_order::{channels, grads};
-use super::{statistics, Backward, Forward, Grads, Normalised, Spec, Wants};
+use super::{statistics, Backward, Forward, Grads, Normalised, Spec};
 use crate::ops::batch_norm::Activation;
 use crate::ops::loops::convert::{Element, Real};
 use crate::ops::loops::element::{cut, relu, Channel};
@@ -45,11 +45,12 @@ pub(super) fn forward<T: Element>(job: &Forward<T>, windows: &Windows) -> Normal
         )
     });
     // SAFETY: the windows of all planes make up the output.
-    let [y, maxima] = [Some(y), maxima].map(|of| of.map(|of| unsafe { of.finish() }));
-    Normalised {
-        y: y.expect("an output"),
-        stats,
-        maxima,
+    unsafe {
+        Normalised {
+            y: y.finish(),
+            stats,
+            maxima: maxima.map(|maxima| maxima.finish()),
+        }
     }
 }
 
@@ -57,7 +58,7 @@ pub(super) fn forward<T: Element>(job: &Forward<T>, windows: &Windows) -> Normal
 pub(super) fn backward<T: Element>(job: &Backward<T>, windows: &Windows) -> Grads<T> {
     let (spec, wants, c) = (job.spec, job.wants, job.spec.dims.c);
     assert!(!wants.dresidual, "no pooling behind a residual");
-    let dparams = sums(job, windows);
+    let dparams = (wants.sums(spec)).then(|| param_grads(job, windows));
     let sums = dparams.as_ref().filter(|_| spec.training);
     let grads = sums.map(|sums| grads::<T::Real>(spec, job.saved, sums));
     let channels = channels::<T::Real>(spec, job.params, job.saved);
@@ -96,27 +97,21 @@ pub(super) fn backward<T: Element>(job: &Backward<T>, windows: &Windows) -> Grad
     }
 }
 
-/// The gradients of weight and bias, if something depends on them: sums over the maxima, for all other pixels have a
-/// gradient of 0. (With given statistics and an infinite one among them, two ops have a NaN in the sums, `0·∞`, which
-/// is left out here.)
-fn sums<T: Element>(job: &Backward<T>, windows: &Windows) -> Option<Vec<f64>> {
-    if !job.wants.sums(job.spec) {
-        return None;
-    }
+/// The gradients of weight and bias: sums over the maxima, for all other pixels have a gradient of 0. (With given
+/// statistics and an infinite one among them, two ops have a NaN in the sums, `0·∞`, which is left out here.)
+fn param_grads<T: Element>(job: &Backward<T>, windows: &Windows) -> Vec<f64> {
     let s = windows.outputs();
     let spec = Spec {
         dims: Dims { s, ..job.spec.dims },
         windows: None,
         ..*job.spec
     };
-    let of_maxima = Backward {
+    super::param_grads(&Backward {
         spec: &spec,
         x: job.maxima.expect("the maxima of a pooled output"),
         maxima: None,
-        wants: Wants::ONLY_PARAMS,
         ..*job
-    };
-    super::backward(&of_maxima).dparams
+    })
 }
 
 /// Batch norm, an activation and a maximum over windows, of one plane after the other.
@@ -184,7 +179,7 @@ impl<'a, T: Element> Pooling<'a, T> {
         let x = T::reals(x, windows.inputs(), &mut self.x);
         let dy = T::reals(dy, windows.outputs(), &mut self.dy);
         let (activation, [to, _]) = (self.activation, &mut self.to);
-        // SAFETY: `backward` writes every value.
+        // SAFETY: `Windows::backward` writes every value.
         unsafe {
             T::write_reals(
                 dx,

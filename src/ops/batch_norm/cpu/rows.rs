@@ -5,7 +5,7 @@ use std::ops::Range;
 use super::passes::Tiling;
 use super::{Params, Spec};
 use crate::ops::loops::convert::Real;
-use crate::ops::loops::element::Channel;
+use crate::ops::loops::element::{Channel, ChannelGrad};
 
 pub(super) struct Pair<R>(pub R, pub R);
 
@@ -183,9 +183,9 @@ pub(super) fn grad_row<L: Tiling, A: Real>(
     let (sums_g, sums_gx) = (&sum_g.as_ref()[..len], &mut sum_gx.as_mut()[..len]);
     let (means_g, slopes) = (&mut mean_g.as_mut()[..len], &mut slope.as_mut()[..len]);
     for j in 0..len {
-        means_g[j] = A::from_f64(if remove_mean { sums_g[j] / m } else { 0.0 });
-        slopes[j] = A::from_f64(rstd[j] * rstd[j] * sums_gx[j] / m);
         sums_gx[j] *= rstd[j];
+        let grad = ChannelGrad::<A>::new(rstd[j], sums_gx[j], sums_g[j], m, remove_mean);
+        (means_g[j], slopes[j]) = (grad.mean_g, grad.slope);
     }
     GradRow {
         dweight: sum_gx,

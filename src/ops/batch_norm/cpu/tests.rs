@@ -1,20 +1,10 @@
-//! The orders in which a tensor may be gone through, of which its size chooses one.
+//! The two orders in which planes are gone through, of which the size of a tensor chooses one: nothing but the time may
+//! depend on it.
+
+use half::{bf16, f16};
 
 use super::*;
 use crate::shape::Dims;
-
-/// Something else for each index, between -2 and 2.
-fn values(len: usize, step: usize) -> Vec<f32> {
-    let value = |i: usize| (i * step % 8191) as f32 / 2048.0 - 2.0;
-    (0..len).map(value).collect()
-}
-
-fn assert_close(ours: &[f32], truth: &[f32]) {
-    assert_eq!(ours.len(), truth.len());
-    for (i, (ours, truth)) in ours.iter().zip(truth).enumerate() {
-        assert!((ours - truth).abs() <= 1e-6, "{i}: {ours}, not {truth}");
-    }
-}
 
 /// Planes in parts, several of them in a part, on one thread and on all.
 const SIZES: [Dims; 3] = [
@@ -31,94 +21,126 @@ const SIZES: [Dims; 3] = [
     },
 ];
 
-fn spec(dims: Dims, training: bool) -> Spec {
-    Spec {
-        dims,
-        eps: 1e-5,
-        activation: Activation::Relu,
-        windows: None,
-        training,
-        remove_mean: true,
-    }
+/// Something else for each index, between -2 and 2.
+fn values<T>(dims: Dims, step: usize, of: fn(f64) -> T) -> Vec<T> {
+    let value = |i: usize| of((i * step % 8191) as f64 / 2048.0 - 2.0);
+    (0..dims.numel()).map(value).collect()
 }
 
-fn params(c: usize) -> Params {
-    Params {
-        weight: (0..c).map(|c| 0.5 + c as f64).collect(),
-        bias: (0..c).map(|c| 0.1 * c as f64 - 0.2).collect(),
-    }
+struct Case {
+    dims: Dims,
+    training: bool,
+    remove_mean: bool,
+    activation: Activation,
+    has_residual: bool,
+    wants: Wants,
 }
 
-#[test]
-fn channel_by_channel_is_as_in_order() {
+fn cases() -> Vec<Case> {
+    let both = [true, false];
+    let wants = |bits: usize| Wants {
+        dx: bits & 1 == 0,
+        dparams: bits & 2 == 0,
+        dresidual: bits & 4 == 0,
+    };
+    let mut cases = vec![];
     for dims in SIZES {
-        let (spec, params) = (&spec(dims, true), &params(dims.c));
-        let (x, dy) = (&values(dims.numel(), 37), &values(dims.numel(), 53));
-        let residual = values(dims.numel(), 29);
-        for residual in [None, Some(&residual[..])] {
-            let job = &Forward {
-                spec,
-                x,
-                params,
-                residual,
-                given: None,
-                keeps_maxima: false,
-            };
-            let by_channel = passes::forward_training(&Planes(dims), job);
-            let in_order = in_order::forward(job, statistics(spec, x));
-            assert_eq!(by_channel.y, in_order.y);
-            assert_eq!(by_channel.stats, in_order.stats);
-            let job = &Backward {
-                spec,
-                x,
-                dy,
-                y: residual.map(|_| &in_order.y[..]),
-                maxima: None,
-                params,
-                saved: &in_order.stats,
-                wants: Wants {
-                    dx: true,
-                    dparams: true,
-                    dresidual: residual.is_some(),
-                },
-            };
-            match residual {
-                None => backward_in_both_orders::<FromInput>(job),
-                Some(_) => backward_in_both_orders::<FromOutput>(job),
+        for training in both {
+            for remove_mean in both {
+                for activation in [Activation::Identity, Activation::Relu] {
+                    for has_residual in both {
+                        cases.extend((0..8).map(|bits| Case {
+                            dims,
+                            training,
+                            remove_mean,
+                            activation,
+                            has_residual,
+                            wants: Wants {
+                                dresidual: has_residual && wants(bits).dresidual,
+                                ..wants(bits)
+                            },
+                        }));
+                    }
+                }
             }
+        }
+    }
+    cases
+}
+
+fn check<T: Element + std::fmt::Debug>(of: fn(f64) -> T) {
+    for case in cases() {
+        let Dims { c, .. } = case.dims;
+        let spec = &Spec {
+            dims: case.dims,
+            eps: 1e-5,
+            activation: case.activation,
+            windows: None,
+            training: case.training,
+            remove_mean: case.remove_mean,
+        };
+        let params = &Params {
+            weight: (0..c).map(|c| 0.5 + c as f64).collect(),
+            bias: (0..c).map(|c| 0.1 * c as f64 - 0.2).collect(),
+        };
+        let [x, dy, residual] = &[37, 53, 29].map(|step| values(case.dims, step, of));
+        let residual = case.has_residual.then_some(&residual[..]);
+        let job = &Forward {
+            spec,
+            x,
+            params,
+            residual,
+            given: None,
+            keeps_maxima: false,
+        };
+        let planes = &Planes(case.dims);
+        let by_channel = passes::forward_training(planes, job);
+        let in_order = in_order::forward(job, statistics(spec, x));
+        assert!(by_channel.y == in_order.y);
+        assert_eq!(by_channel.stats, in_order.stats);
+        let job = &Backward {
+            spec,
+            x,
+            dy,
+            y: residual.map(|_| &in_order.y[..]),
+            maxima: None,
+            params,
+            saved: &in_order.stats,
+            wants: case.wants,
+        };
+        match (case.activation, residual) {
+            (Activation::Identity, _) => check_backward::<T, NoMask>(job),
+            (Activation::Relu, None) => check_backward::<T, FromInput>(job),
+            (Activation::Relu, Some(_)) => check_backward::<T, FromOutput>(job),
         }
     }
 }
 
-fn backward_in_both_orders<M: Mask<f32>>(job: &Backward<f32>) {
-    let planes = Planes(job.spec.dims);
-    let by_channel = passes::backward::<_, _, M>(&planes, job);
-    let in_order = in_order::backward::<_, M>(job, sums::<_, _, M>(&planes, job));
-    let dx = |grads: &Grads<f32>| grads.dx.clone().expect("dx");
-    assert_close(&dx(&by_channel), &dx(&in_order));
+fn check_backward<T: Element, M: Mask<T>>(job: &Backward<T>) {
+    let by_channel = passes::backward::<_, T, M>(&Planes(job.spec.dims), job);
+    let dparams = job.wants.sums(job.spec);
+    let dparams = dparams.then(|| param_grads_masked::<T, M>(job));
+    let in_order = in_order::backward::<T, M>(job, dparams);
+    assert_eq!(by_channel.dx.is_some(), job.wants.dx);
+    assert!(by_channel.dx == in_order.dx);
+    assert_eq!(by_channel.dparams.is_some(), job.wants.dparams);
     assert_eq!(by_channel.dparams, in_order.dparams);
-    assert_eq!(by_channel.dresidual, in_order.dresidual);
+    assert_eq!(by_channel.dresidual.is_some(), job.wants.dresidual);
+    assert!(by_channel.dresidual == in_order.dresidual);
 }
 
 #[test]
-fn with_given_statistics_too() {
-    let dims = SIZES[0];
-    let (spec, params) = (&spec(dims, false), &params(dims.c));
-    let (x, dy) = (&values(dims.numel(), 37), &values(dims.numel(), 53));
-    for (dparams, saved) in [(false, [0.1, -0.3, 1.5, 0.7]), (true, [0.0, 2.0, 0.2, 3.0])] {
-        backward_in_both_orders::<FromInput>(&Backward {
-            spec,
-            x,
-            dy,
-            y: None,
-            maxima: None,
-            params,
-            saved: &saved,
-            wants: Wants {
-                dx: true,
-                dparams,
-                dresidual: false,
-            },
-        });
-    }
+fn f64_is_the_same_in_both_orders() {
+    check(|value| value);
+}
+
+#[test]
+fn f32_is_the_same_in_both_orders() {
+    check(|value| value as f32);
+}
+
+#[test]
+fn half_precision_is_the_same_in_both_orders() {
+    check(bf16::from_f64);
+    check(f16::from_f64);
 }
