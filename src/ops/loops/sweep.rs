@@ -36,22 +36,15 @@ impl Division {
         finish: impl Fn(usize, &[P]) -> G + Sync,
         visit: impl Fn(Tile, &G) + Sync,
     ) -> Vec<G> {
-        let Self {
-            groups,
-            parts,
-            values,
-        } = self;
         if self.is_for_groups() {
-            return map(groups, values, |group| {
-                let tiles = (0..parts).map(|part| Tile { group, part });
-                let reduced: Vec<_> = tiles.clone().map(&reduce).collect();
-                let finished = finish(group, &reduced);
-                tiles.for_each(|tile| visit(tile, &finished));
+            return map(self.groups, self.values, |group| {
+                let finished = self.of_group(group, &reduce, &finish);
+                self.tiles(group).for_each(|tile| visit(tile, &finished));
                 finished
             });
         }
         let finished = self.reduce(reduce, finish);
-        for_each(groups * parts, values, |index| {
+        for_each(self.groups * self.parts, self.values, |index| {
             let tile = self.tile(index);
             visit(tile, &finished[tile.group]);
         });
@@ -64,19 +57,14 @@ impl Division {
         reduce: impl Fn(Tile) -> P + Sync,
         finish: impl Fn(usize, &[P]) -> G + Sync,
     ) -> Vec<G> {
-        let Self {
-            groups,
-            parts,
-            values,
-        } = self;
         if self.is_for_groups() {
-            return map(groups, values, |group| {
-                let tiles = (0..parts).map(|part| Tile { group, part });
-                finish(group, &tiles.map(&reduce).collect::<Vec<_>>())
+            return map(self.groups, self.values, |group| {
+                self.of_group(group, &reduce, &finish)
             });
         }
-        let reduced = map(groups * parts, values, |index| reduce(self.tile(index)));
-        let reduced = reduced.chunks(parts).enumerate();
+        let tiles = self.groups * self.parts;
+        let reduced = map(tiles, self.values, |index| reduce(self.tile(index)));
+        let reduced = reduced.chunks(self.parts).enumerate();
         reduced.map(|(group, tiles)| finish(group, tiles)).collect()
     }
 
@@ -86,7 +74,22 @@ impl Division {
         self.parts == 1 || self.groups >= enough || !is_parallel(self.values)
     }
 
-    fn tile(&self, index: usize) -> Tile {
+    /// What comes of the tiles of a group, on one thread.
+    fn of_group<P, G>(
+        &self,
+        group: usize,
+        reduce: impl Fn(Tile) -> P,
+        finish: impl Fn(usize, &[P]) -> G,
+    ) -> G {
+        finish(group, &self.tiles(group).map(reduce).collect::<Vec<_>>())
+    }
+
+    fn tiles(&self, group: usize) -> impl Iterator<Item = Tile> {
+        (0..self.parts).map(move |part| Tile { group, part })
+    }
+
+    /// Of all tiles, those of each group one after the other.
+    pub fn tile(&self, index: usize) -> Tile {
         Tile {
             group: index / self.parts,
             part: index % self.parts,

@@ -184,16 +184,12 @@ pub(super) fn forward_given<L: Tiling, T: Element>(
 ) -> Normalised<T> {
     let mut y = Output::new(job.spec.dims.numel());
     let y_parts = y.parts();
-    let Division {
-        groups,
-        parts,
-        values,
-    } = tiling.division();
+    let division = tiling.division();
     let rows = given_rows(tiling, job.spec, job.params, mean, var);
-    parallel::for_each(groups * parts, values, |index| {
-        let (group, part) = (index / parts, index % parts);
+    parallel::for_each(division.groups * division.parts, division.values, |index| {
+        let tile = division.tile(index);
         // SAFETY: no two tiles overlap.
-        unsafe { write_tile(tiling, Tile { group, part }, &rows[group], job, y_parts) }
+        unsafe { write_tile(tiling, tile, &rows[tile.group], job, y_parts) }
     });
     Normalised {
         // SAFETY: the runs of all tiles make up the whole tensor.
@@ -263,14 +259,22 @@ pub(super) fn param_grads<L: Tiling, T: Element, M: Mask<T>>(
                 || Some(tiling.grad_sums::<T, M>(job, tile, &rows[tile.group])),
             )
         },
-        |group, sums| {
-            vectorised(
-                #[inline(always)]
-                || grad_row(tiling, &rows[group], sums, spec.dims.m(), spec.remove_mean),
-            )
-        },
+        |group, sums| finish_grads(tiling, spec, &rows[group], sums),
     );
     by_channel(tiling, &groups, dparams)
+}
+
+/// What becomes of the sums over the parts of a group.
+fn finish_grads<L: Tiling, A: Real>(
+    tiling: &L,
+    spec: &Spec,
+    row: &ChannelRow<L, A>,
+    parts: &[Option<Pair<L::Row<f64>>>],
+) -> GradRow<L, A> {
+    vectorised(
+        #[inline(always)]
+        || grad_row(tiling, row, parts, spec.dims.m(), spec.remove_mean),
+    )
 }
 
 /// The gradients of weight and bias, of a group.
@@ -301,12 +305,7 @@ pub(super) fn backward<L: Tiling, T: Element, M: Mask<T>>(
                 )
             })
         },
-        |group, sums| {
-            vectorised(
-                #[inline(always)]
-                || grad_row(tiling, &rows[group], sums, spec.dims.m(), spec.remove_mean),
-            )
-        },
+        |group, sums| finish_grads(tiling, spec, &rows[group], sums),
         |tile, grads| {
             if to.is_some() {
                 vectorised(
