@@ -12,10 +12,13 @@
 //!   for a given `dy`, candle-nn's by `backward`, for which candle brings ones;
 //! - `vjp`: the same without autograd, for a given `dy`;
 //! - `eval`: the forward pass with the running statistics;
-//! - `copy`: a copy of the tensor on all threads, for the bandwidth.
+//! - `floor2` and `floor5`: what the tensors' values cost to move at least, without arithmetic, on all threads: two
+//!   passes for a forward pass (a copy, `x` to `y`), five with gradients (also `x` and `dy` to `dx`).
 
 use std::hint::black_box;
 use std::io::{BufRead, Write};
+use std::mem::MaybeUninit;
+use std::ops::Range;
 use std::time::{Duration, Instant};
 
 use candle_batch_norm::ops::{
@@ -130,9 +133,18 @@ fn answer(line: &str) -> Result<[Duration; 2]> {
                 Ok((y, pullback.gradients(&dy)?))
             })
         }
-        "copy" => {
-            let values = x.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
-            time(limit, || Ok(copy(&values)))
+        "floor2" | "floor5" => {
+            let x = x.to_dtype(DType::F32)?.flatten_all()?.to_vec1::<f32>()?;
+            let copied = || written(x.len(), |range| x[range].iter().copied());
+            if pass == "floor2" {
+                return time(limit, || Ok(copied()));
+            }
+            let dy = vec![1f32; x.len()];
+            let added = |range: Range<usize>| {
+                let pairs = x[range.clone()].iter().zip(&dy[range]);
+                pairs.map(|(x, dy)| x + dy)
+            };
+            time(limit, || Ok((copied(), written(x.len(), added))))
         }
         pass => candle_core::bail!("unknown pass {pass}"),
     }
@@ -210,20 +222,26 @@ fn time<T>(limit: Duration, mut run: impl FnMut() -> Result<T>) -> Result<[Durat
     Ok([times[times.len() / 2], times[0]])
 }
 
-/// A copy on candle's threads, in the parts in which they would share any tensor.
-fn copy(values: &[f32]) -> Vec<f32> {
+/// `len` values that `part` gives, on candle's threads, in the parts in which they would share any tensor.
+fn written<I: Iterator<Item = f32>>(
+    len: usize,
+    part: impl Fn(Range<usize>) -> I + Sync,
+) -> Vec<f32> {
     const PART: usize = 1 << 14;
-    let mut out: Vec<f32> = Vec::with_capacity(values.len());
+    let mut out: Vec<f32> = Vec::with_capacity(len);
     let start = out.as_mut_ptr() as usize;
-    candle_core::utils::barrier_pool().execute_chunked(values.len().div_ceil(PART), |parts| {
-        let range = parts.start * PART..values.len().min(parts.end * PART);
+    candle_core::utils::barrier_pool().execute_chunked(len.div_ceil(PART), |parts| {
+        let range = parts.start * PART..len.min(parts.end * PART);
         // SAFETY: the ranges of different parts do not overlap and lie within the capacity.
-        unsafe {
-            let to = (start as *mut f32).add(range.start);
-            std::ptr::copy_nonoverlapping(values[range.clone()].as_ptr(), to, range.len());
+        let to = unsafe {
+            let to = (start as *mut MaybeUninit<f32>).add(range.start);
+            std::slice::from_raw_parts_mut(to, range.len())
+        };
+        for (to, value) in to.iter_mut().zip(part(range)) {
+            to.write(value);
         }
     });
-    // SAFETY: the parts make up the whole.
-    unsafe { out.set_len(values.len()) };
+    // SAFETY: the parts make up the whole, and `part` gives a value for each of a range.
+    unsafe { out.set_len(len) };
     out
 }

@@ -27,6 +27,8 @@ from peer_processes import Failure, NotMeasured, Worker, environment, kill_all, 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = ROOT / "scripts"
 PACKAGES = ["torch==2.13.0", "matplotlib==3.11.2"]
+# Peers besides PyTorch and candle-nn, and what each of them needs.
+FURTHER = {"compile": [], "jax": ["jax==0.10.2"], "tensorflow": ["tensorflow-cpu==2.21.0"]}
 
 CASES = ["64,256", "1024,1024", "64,32,28,28", "32,64,56,56", "32,256,14,14", "128,64,32,32"]
 SCALING_CASES = ["64,32,28,28", "32,64,56,56"]
@@ -44,7 +46,8 @@ def arguments():
     add("--dtypes", type=lambda text: text.split(","), default=["f32"], metavar="f32,…", help="also f64, f16, bf16")
     add("--cases", nargs="+", type=shape, default=CASES, metavar="N,C,…",
         help="shapes for batch norm, or for another norm as in layer:N,C, rms:N,C, group32:N,C,H,W and instance:N,C,H,W (default: six)")
-    add("--compile", action="store_true", help="torch.compile as a further peer, which warms up slowly")
+    add("--also", type=lambda text: text.split(","), default=[], metavar="compile,jax,tensorflow",
+        help="further peers: torch.compile (needs a C++ compiler, warms up slowly), JAX, TensorFlow's fused op")
     add("--skip-ops", action="store_true", help="no table of single layers")
     add("--scaling", action="store_true", help="also threads 1, 2, 4 and sizes from 2^12 to 2^26 values")
     add("--mnist", type=Path, metavar="DIR", help="also train on MNIST, whose four IDX files are in DIR")
@@ -64,6 +67,8 @@ def arguments():
         parser.error(f"unknown dtype {', '.join(unknown)}")
     if unknown := set(args.models) - {"mlp", "cnn"}:
         parser.error(f"unknown model {', '.join(unknown)}")
+    if unknown := set(args.also) - set(FURTHER):
+        parser.error(f"unknown peer {', '.join(unknown)}")
     args.out = args.out or ROOT / "target/peers"
     args.venv = args.venv or ROOT / "target/peers-venv"
     return args
@@ -80,14 +85,13 @@ def shape(text):
     return text
 
 
-def python_with_torch(venv):
-    """The venv's interpreter; a venv that does not exist is made first."""
+def python_with_torch(venv, further):
+    """The venv's interpreter; a venv that does not exist is made first, and gets the packages of further peers."""
     python = venv.absolute() / "bin/python"
     if not python.exists():
-        print(f"making {venv} with {', '.join(PACKAGES)}: a large download", file=sys.stderr)
         try:
             run([sys.executable, "-m", "venv", venv], "no venv: Python's modules venv and ensurepip are needed")
-            run([python, "-m", "pip", "install", "--quiet", *PACKAGES], "pip could not install PyTorch")
+            install(python, PACKAGES)
         except BaseException:
             # A half-made one would be taken for whole the next time.
             shutil.rmtree(venv, ignore_errors=True)
@@ -95,7 +99,15 @@ def python_with_torch(venv):
     version = run([python, "-c", "import torch; print(torch.__version__)"], f"no PyTorch in {venv}").strip()
     if f"torch=={version.split('+')[0]}" not in PACKAGES:
         print(f"this is PyTorch {version}, while {PACKAGES[0]} is what a new venv gets", file=sys.stderr)
+    present = run([python, "-m", "pip", "freeze"], f"no pip in {venv}").split()
+    install(python, [package for peer in further for package in FURTHER[peer] if package not in present])
     return python, version
+
+
+def install(python, packages):
+    if packages:
+        print(f"installing {', '.join(packages)}: a large download", file=sys.stderr)
+        run([python, "-m", "pip", "install", "--quiet", *packages], f"pip could not install {', '.join(packages)}")
 
 
 def build(*target):
@@ -107,26 +119,30 @@ def build(*target):
     return [path for path in paths if path][-1]
 
 
-def start_workers(bench, python, threads, compiled):
-    def torch(kept=False, *flags):
-        return Worker([python, SCRIPTS / "torch_peer.py", "ops", threads, *flags], environment(threads, kept), True)
+def start_workers(bench, python, threads, further):
+    def script(name, *words, kept=False):
+        return Worker([python, SCRIPTS / name, *words], environment(threads, kept), True)
 
     workers = {
         "ours": Worker([bench], environment(threads)),
-        "pytorch": torch(),
-        "pytorch-kept": torch(True),
+        "pytorch": script("torch_peer.py", "ops", threads),
+        "pytorch-kept": script("torch_peer.py", "ops", threads, kept=True),
         # The same program as ours, but stopped while ours is measured.
         "candle-nn": Worker([bench], environment(threads)),
     }
-    if compiled:
-        workers["pytorch-compiled"] = torch(True, "--compile")
+    if "compile" in further:
+        workers["pytorch-compiled"] = script("torch_peer.py", "ops", threads, "--compile", kept=True)
+    if "jax" in further:
+        workers["jax"] = script("jax_peer.py", threads)
+    if "tensorflow" in further:
+        workers["tensorflow"] = script("tensorflow_peer.py", threads)
     return workers
 
 
 def times_of(workers, shape, dtype, passes, args, errors):
     """Medians in µs by pass and peer, one for each round. The peers take turns within each pass."""
-    times = {pass_: {peer: [] for peer in workers} for pass_ in passes}
-    copies, broken = [], set()
+    times = {pass_: {peer: [] for peer in (*workers, "floor")} for pass_ in passes}
+    broken = set()
     for _ in range(args.rounds):
         for pass_ in passes:
             for peer, worker in workers.items():
@@ -140,16 +156,21 @@ def times_of(workers, shape, dtype, passes, args, errors):
                     broken.add((peer, pass_))
                     errors.append(f"{peer}, [{shape}] {dtype} {pass_}: {error}")
                     print(errors[-1], file=sys.stderr)
-        copies.append(workers["ours"].ask(f"ours {shape} f32 copy {args.seconds / 3}"))
+        floors = {}
+        for pass_ in passes:
+            moved = report_peers.MOVED[pass_]
+            if moved not in floors:
+                floors[moved] = workers["ours"].ask(f"ours {shape} f32 floor{moved} {args.seconds}")
+            times[pass_]["floor"].append(floors[moved])
     if "vjp" in passes:
         for peer in set(workers) - {"ours"}:
             times["vjp"][peer] = times["all"][peer]
-    return {pass_: {**by_peer, "copy": copies} for pass_, by_peer in times.items()}
+    return times
 
 
 def measure(bench, python, threads, jobs, passes, args, errors):
     """A row for each pass of each `(shape, dtype)` of `jobs`."""
-    workers, rows = start_workers(bench, python, threads, args.compile), []
+    workers, rows = start_workers(bench, python, threads, args.also), []
     for shape, dtype in jobs:
         print(f"{threads} threads, {dtype} [{shape}]", file=sys.stderr)
         for pass_, times in times_of(workers, shape, dtype, passes, args, errors).items():
@@ -241,7 +262,7 @@ def machine(torch_version, load):
 
 def compare(args):
     load = os.getloadavg()[0]
-    python, torch_version = python_with_torch(args.venv)
+    python, torch_version = python_with_torch(args.venv, args.also)
     bench = build("bench", "--bench", "peers", "--no-run")
     example = build("build", "--release", "--example", "mnist_compare") if args.mnist else None
     args.out.mkdir(parents=True, exist_ok=True)

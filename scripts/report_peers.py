@@ -1,7 +1,6 @@
 """The tables of compare_peers.py, and its files."""
 import csv
 import json
-import math
 import re
 import statistics
 
@@ -16,6 +15,8 @@ NAMES = {
     "pytorch-kept": "PyTorch, memory kept",
     "pytorch-compiled": "torch.compile, memory kept",
     "candle-nn": "candle-nn",
+    "jax": "JAX",
+    "tensorflow": "TensorFlow",
 }
 NOTES = """\
 - `fwd`: forward in training. `all`: batch norm and ReLU (other norms alone), forward and backward through autograd. `vjp`: ours are
@@ -23,8 +24,9 @@ NOTES = """\
 - Each time is the median over rounds of a round's median; the peers take turns.
 - PyTorch runs eagerly, with the system's allocator as it comes and (memory kept) with the same allocator kept from
   giving memory back to the system. This crate and candle-nn run with mimalloc, which keeps its memory too.
-- Share: the bandwidth at which ours moves what it has to move at least (fwd and eval 2 passes over the tensor, vjp and
-  all 5), of a copy's bandwidth for as many F32 values. Tensors in a cache can be above 100 %.
+- torch.compile, JAX (a compiled batch norm with Flax's statistics) and TensorFlow (its fused op, channels last): where asked for.
+- Floor: what it takes to move the values without arithmetic, in the same tensors of F32: two passes for fwd and eval (x to y), five
+  for vjp and all (also x and dy to dx). Share: the floor, for the bytes of the dtype, divided by our time.
 """
 
 
@@ -56,22 +58,16 @@ def named(shape):
     return f"{norm} [{dims}]".strip()
 
 
-def values_of(shape):
-    """`shape` may have a norm before it, as in layer:64,256."""
-    return math.prod(int(dim) for dim in shape.rpartition(":")[2].split(","))
-
-
 def op_row(row, peers):
-    times = {peer: median(row["times"][peer]) for peer in (*peers, "copy")}
-    ours, values = times["ours"], values_of(row["shape"])
-    copied = 2 * BYTES["f32"] * values / times["copy"] / 1000
-    achieved = ours and MOVED[row["pass"]] * BYTES[row["dtype"]] * values / ours / 1000
+    times = {peer: median(row["times"][peer]) for peer in (*peers, "floor")}
+    ours, floor = times["ours"], times["floor"]
+    share = ours and BYTES[row["dtype"]] / BYTES["f32"] * floor / ours
     return [
         f"{named(row['shape'])} {row['pass']}",
         *(micros(times[peer]) for peer in peers),
         *(ratio(times[peer], ours) for peer in peers[1:]),
-        f"{achieved / copied:.0%}".replace("%", " %") if ours else "–",
-        f"{copied:.3g}",
+        micros(floor),
+        f"{share:.0%}".replace("%", " %") if ours else "–",
     ]
 
 
@@ -94,7 +90,7 @@ def op_tables(data):
         rows = [row for row in data["ops"] if (row["threads"], row["dtype"]) == (threads, dtype)]
         peers = [peer for peer in NAMES if peer in rows[0]["times"]]
         head = [f"{dtype.upper()}, threads: {threads}", *(f"{NAMES[peer]}, µs" for peer in peers)]
-        head += [*(f"{NAMES[peer]} / ours" for peer in peers[1:]), "share of copy", "copy, GB/s"]
+        head += [*(f"{NAMES[peer]} / ours" for peer in peers[1:]), "floor, µs", "share of it"]
         text += f"\n{table(head, [op_row(row, peers) for row in rows])}\nGeometric means:\n\n{summary(rows, peers)}"
     return text
 
@@ -103,7 +99,7 @@ def scaling_table(data):
     rows = [*data["scaling"]["threads"], *data["scaling"]["sizes"]]
     peers = [peer for peer in NAMES if peer in rows[0]["times"]]
     head = ["vjp, F32", *(f"{NAMES[peer]}, µs" for peer in peers), *(f"{NAMES[peer]} / ours" for peer in peers[1:])]
-    head += ["share of copy", "copy, GB/s"]
+    head += ["floor, µs", "share of it"]
     lines = [op_row(row, peers) for row in rows]
     for row, line in zip(rows, lines):
         line[0] = f"{named(row['shape'])}, threads: {row['threads']}"

@@ -6,7 +6,6 @@
 import functools
 import gzip
 import json
-import statistics
 import struct
 import sys
 import time
@@ -15,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+from peer_lines import answer_lines, parsed
 
 DTYPES = {"f32": torch.float32, "f64": torch.float64, "f16": torch.float16, "bf16": torch.bfloat16}
 BATCH_NORMS = {2: nn.BatchNorm1d, 3: nn.BatchNorm1d, 4: nn.BatchNorm2d, 5: nn.BatchNorm3d}
@@ -33,10 +34,9 @@ def build(norm, dims):
     return nn.GroupNorm(int(norm.removeprefix("group")), dims[1])
 
 
-def prepare(shape, dtype, pass_, compiled):
-    """A function that runs `pass_` once. Another norm than batch norm stands before the shape, as in layer:64,256."""
-    norm, _, dims = shape.rpartition(":")
-    norm, dims = norm or "batch", [int(dim) for dim in dims.split(",")]
+def prepare(compiled, shape, dtype, pass_):
+    """A function that runs `pass_` once."""
+    norm, dims = parsed(shape)
     x = (torch.randn(dims) * 2 + 1).to(DTYPES[dtype])
     bn = build(norm, dims).to(DTYPES[dtype])
     relu = torch.relu if norm == "batch" else lambda x: x
@@ -62,34 +62,6 @@ def prepare(shape, dtype, pass_, compiled):
 
         return run
     raise ValueError(f"unknown pass {pass_}")
-
-
-def measure(run, limit):
-    """Median and shortest time in µs, counted as benches/peers.rs does it."""
-    warm_up, runs = time.perf_counter(), 0
-    # torch.compile compiles in its first runs.
-    while runs < 3 or time.perf_counter() - warm_up < limit / 4:
-        run()
-        runs += 1
-    times, started = [], time.perf_counter()
-    while len(times) < 5 or time.perf_counter() - started < limit:
-        one = time.perf_counter()
-        run()
-        times.append(time.perf_counter() - one)
-    return statistics.median(times) * 1e6, min(times) * 1e6
-
-
-def answer_lines(compiled):
-    # Each round asks for the same again, and a compilation takes many seconds.
-    ready = functools.lru_cache(maxsize=4)(prepare) if compiled else prepare
-    print("ready", flush=True)
-    for line in sys.stdin:
-        try:
-            _, shape, dtype, pass_, seconds = line.split()
-            median, fastest = measure(ready(shape, dtype, pass_, compiled), float(seconds))
-            print(f"{median:.3f} {fastest:.3f}", flush=True)
-        except Exception as error:  # Whatever it is, it is the answer, and the next line has its turn.
-            print("error:", " ".join(str(error).split())[:300], flush=True)
 
 
 def idx(folder, name):
@@ -162,7 +134,10 @@ def train_mnist(folder, model, epochs, limit):
 def main(command, *args):
     if command == "ops":
         torch.set_num_threads(int(args[0]))
-        answer_lines("--compile" in args)
+        compiled = "--compile" in args
+        of = functools.partial(prepare, compiled)
+        # Each round asks for the same again, and a compilation takes many seconds.
+        answer_lines(functools.lru_cache(maxsize=4)(of) if compiled else of)
     else:
         folder, model, epochs, limit, threads = args
         torch.set_num_threads(int(threads))
