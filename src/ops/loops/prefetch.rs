@@ -10,8 +10,8 @@ pub(crate) struct Ahead {
     bytes: usize,
 }
 
-/// Enough to be there in time, not so much that it is gone again.
-const DISTANCE: usize = 2048;
+/// Enough that memory answers in time, and not so much that it is gone again before it is read.
+const DISTANCE: usize = 6144;
 
 impl Ahead {
     /// In slices that follow each other.
