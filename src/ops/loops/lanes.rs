@@ -3,115 +3,135 @@
 use std::ops::Range;
 
 use super::convert::{Element, Real};
-use super::element::{Channel, Mask, Slice};
+use super::element::{Channel, Channels, Mask, Slice};
 use super::prefetch::Ahead;
 
-/// As many sums as fit into the registers of a core, or nearly; the loops over short slices still fill some.
-pub(crate) const LANES: usize = 32;
+/// Enough sums side by side that none has to wait for itself, and few enough that two times as many stay in registers, those of AVX2 too.
+pub(crate) const LANES: usize = 16;
 
 /// A sum in `f64`, added up in a fixed order.
-///
-/// Where it goes on behind the rest of a slice, rests are to be added up `APART`: were they added to the lanes of
-/// the others, those would be written by parts and read as a whole, for which a core has to wait.
-struct Sum<const APART: bool> {
-    whole: Lanes,
-    short: Lanes,
+struct Sum {
+    lanes: Lanes,
+    /// Of slices that do not fill the lanes once.
+    short: f64,
 }
 
-/// On cache lines: where a register is stored across two of them, the next one to read it waits too.
+/// On cache lines: where a register is stored across two of them, the next one to read it waits.
 #[repr(align(64))]
-pub(crate) struct Lanes(pub [f64; LANES]);
+struct Lanes([f64; LANES]);
 
 impl Lanes {
     #[inline(always)]
-    pub fn new() -> Self {
+    fn new() -> Self {
         Self([0.0; LANES])
     }
 }
 
-impl<const APART: bool> Sum<APART> {
+impl Sum {
     #[inline(always)]
     fn new() -> Self {
         Self {
-            whole: Lanes::new(),
-            short: Lanes::new(),
+            lanes: Lanes::new(),
+            short: 0.0,
         }
     }
 
-    /// The lanes for `len` values at the end of a slice.
     #[inline(always)]
-    fn rest(&mut self, len: usize) -> &mut [f64] {
-        let to = if APART {
-            &mut self.short
-        } else {
-            &mut self.whole
-        };
-        &mut to.0[..len]
-    }
-
-    #[inline(always)]
-    fn total(self) -> f64 {
-        let whole = total(&self.whole.0);
-        if APART {
-            whole + total(&self.short.0)
-        } else {
-            whole
-        }
+    fn total(&self) -> f64 {
+        total(&self.lanes.0) + self.short
     }
 }
 
-/// The sum of all lanes.
+/// A cache line.
+#[repr(align(64))]
+struct Line([f64; 8]);
+
+/// The sum of all lanes, by halves.
 #[inline(always)]
 pub(crate) fn total(lanes: &[f64; LANES]) -> f64 {
-    let mut eight = [0.0; 8];
-    for lanes in lanes.chunks_exact(8) {
-        for i in 0..8 {
-            eight[i] += lanes[i];
-        }
+    let mut eight = Line([0.0; 8]);
+    for i in 0..8 {
+        eight.0[i] = lanes[i] + lanes[i + 8];
     }
-    let [a, b, c, d, e, f, g, h] = eight;
-    ((a + b) + (c + d)) + ((e + f) + (g + h))
+    // Through memory: the compiler would take wide registers apart to add up their numbers one by one, and for that it even keeps the
+    // lanes out of registers while they are added to, which takes twice the time.
+    let Line([a, b, c, d, e, f, g, h]) = std::hint::black_box(eight);
+    ((a + e) + (c + g)) + ((b + f) + (d + h))
 }
 
-/// Calls `f`, which has to be inlined, with the ranges of [`LANES`] of `len` values, and with what is left.
+/// Adds up `len` values: calls `block` for the ranges of [`LANES`] of them, or `one` for each of fewer; both have to be inlined.
+///
+/// Sums stay in registers where every loop goes over all lanes. What is left behind the last whole block is therefore the end of a
+/// further one, which begins with values that have been counted: `block` gets the number of these.
 #[inline(always)]
-pub(crate) fn blocks(len: usize, mut f: impl FnMut(Range<usize>)) {
+fn blocks<S>(
+    sums: &mut S,
+    len: usize,
+    mut block: impl FnMut(&mut S, Range<usize>, usize),
+    mut one: impl FnMut(&mut S, usize),
+) {
     let mut start = 0;
     while start + LANES <= len {
-        f(start..start + LANES);
+        block(sums, start..start + LANES, 0);
         start += LANES;
     }
-    if start < len {
-        f(start..len);
+    if start == 0 {
+        for i in 0..len {
+            one(sums, i);
+        }
+    } else if start < len {
+        block(sums, len - LANES..len, start + LANES - len);
     }
 }
 
-impl<const APART: bool> Sum<APART> {
+/// The factors where there are none.
+#[inline(always)]
+pub(crate) fn ones(_range: Range<usize>) -> impl Fn(usize) -> f64 {
+    #[inline(always)]
+    |_| 1.0
+}
+
+/// `value`, or 0 if value `i` of a block is one of those that have been counted.
+#[inline(always)]
+fn unseen(i: usize, seen: usize, value: f64) -> f64 {
+    if i < seen {
+        0.0
+    } else {
+        value
+    }
+}
+
+impl Sum {
     /// Adds `f` of every value.
     #[inline(always)]
     fn add<T: Element>(&mut self, values: &[T], ahead: Ahead, f: impl Fn(f64) -> f64) {
         const { assert!(LANES <= T::CHUNK) };
         let mut room = T::ROOM;
-        // Not in chunks of a length that it knows: the compiler writes out a loop over so few values with so little to do, one by one,
-        // before it thinks of wide registers.
-        for chunk in values.chunks(LANES) {
-            ahead.of(chunk);
-            let lanes = &mut self.whole.0[..chunk.len()];
-            let values = T::load(chunk, &mut room);
-            for i in 0..chunk.len() {
-                lanes[i] += f(values(i).to_f64());
-            }
-        }
+        blocks(
+            self,
+            values.len(),
+            #[inline(always)]
+            |sum, range, seen| {
+                let block = &values[range];
+                ahead.of(block);
+                let values = T::load(block, &mut room);
+                for i in 0..block.len() {
+                    sum.lanes.0[i] += unseen(i, seen, f(values(i).to_f64()));
+                }
+            },
+            #[inline(always)]
+            |sum, i| sum.short += f(values[i].to_f64()),
+        );
     }
 }
 
 /// `Σd` and `Σd²` of the distances `d` from a pivot.
-struct Distances<const APART: bool> {
-    sum: Sum<APART>,
-    squares: Sum<APART>,
+struct Distances {
+    sum: Sum,
+    squares: Sum,
 }
 
-impl<const APART: bool> Distances<APART> {
+impl Distances {
     #[inline(always)]
     fn new() -> Self {
         Self {
@@ -122,29 +142,29 @@ impl<const APART: bool> Distances<APART> {
 
     #[inline(always)]
     fn add<T: Element>(&mut self, values: &[T], ahead: Ahead, pivot: f64) {
-        let mut room = T::ROOM;
         const { assert!(LANES <= T::CHUNK) };
-        // Whole chunks in a loop without a case for the rest: the compiler makes more of it.
-        let chunks = values.chunks_exact(LANES);
-        let rest = chunks.remainder();
-        for chunk in chunks {
-            ahead.of(chunk);
-            let sums = &mut self.sum.whole.0[..chunk.len()];
-            let squares = &mut self.squares.whole.0[..chunk.len()];
-            let values = T::load(chunk, &mut room);
-            for i in 0..chunk.len() {
-                let distance = values(i).to_f64() - pivot;
-                sums[i] += distance;
-                squares[i] += distance * distance;
-            }
-        }
-        let (sums, squares) = (self.sum.rest(rest.len()), self.squares.rest(rest.len()));
-        let values = T::load(rest, &mut room);
-        for i in 0..rest.len() {
-            let distance = values(i).to_f64() - pivot;
-            sums[i] += distance;
-            squares[i] += distance * distance;
-        }
+        let mut room = T::ROOM;
+        blocks(
+            self,
+            values.len(),
+            #[inline(always)]
+            |sums, range, seen| {
+                let block = &values[range];
+                ahead.of(block);
+                let values = T::load(block, &mut room);
+                for i in 0..block.len() {
+                    let distance = unseen(i, seen, values(i).to_f64() - pivot);
+                    sums.sum.lanes.0[i] += distance;
+                    sums.squares.lanes.0[i] += distance * distance;
+                }
+            },
+            #[inline(always)]
+            |sums, i| {
+                let distance = values[i].to_f64() - pivot;
+                sums.sum.short += distance;
+                sums.squares.short += distance * distance;
+            },
+        );
     }
 }
 
@@ -168,7 +188,7 @@ pub(crate) fn spread(sum: f64, squares: f64, m: f64) -> f64 {
 /// that they stand in, again with each call, `ahead` says where the next ones lie. (Loops over it, for what iterators do inside is not compiled for
 /// wide registers.)
 #[inline(always)]
-pub(crate) fn moments<'a, const APART: bool, T: Element, I: Iterator<Item = &'a [T]>>(
+pub(crate) fn moments<'a, T: Element, I: Iterator<Item = &'a [T]>>(
     runs: impl Fn() -> I,
     m: f64,
     remove_mean: bool,
@@ -177,7 +197,7 @@ pub(crate) fn moments<'a, const APART: bool, T: Element, I: Iterator<Item = &'a 
     // With the first value taken off, the mean of constant values is exactly their value.
     let first = || runs().next().map_or(0.0, |run| run[0].to_f64());
     if T::SQUARES_FIT && remove_mean {
-        let (pivot, mut distances) = (first(), Distances::<APART>::new());
+        let (pivot, mut distances) = (first(), Distances::new());
         for run in runs() {
             distances.add(run, ahead, pivot);
         }
@@ -186,26 +206,26 @@ pub(crate) fn moments<'a, const APART: bool, T: Element, I: Iterator<Item = &'a 
     }
     let mut mean = 0.0;
     if remove_mean {
-        let (pivot, mut sum) = (first(), Sum::<false>::new());
+        let (pivot, mut sum) = (first(), Sum::new());
         for run in runs() {
             sum.add(run, ahead, |x| x - pivot);
         }
         mean = pivot + sum.total() / m;
     }
-    let mut squares = Sum::<false>::new();
+    let mut squares = Sum::new();
     for run in runs() {
         squares.add(run, ahead, |x| (x - mean) * (x - mean));
     }
     (mean, squares.total())
 }
 
-/// `Σg` and `Σ(g·(x - mean))`.
-pub(crate) struct GradSums<const APART: bool> {
-    g: Sum<APART>,
-    gx: Sum<APART>,
+/// `Σg` and `Σ(g·(x - mean))`, each `g` with a factor.
+pub(crate) struct GradSums {
+    g: Sum,
+    gx: Sum,
 }
 
-impl<const APART: bool> GradSums<APART> {
+impl GradSums {
     #[inline(always)]
     pub fn new() -> Self {
         Self {
@@ -215,42 +235,121 @@ impl<const APART: bool> GradSums<APART> {
     }
 
     #[inline(always)]
-    pub fn totals(self) -> (f64, f64) {
+    pub fn totals(&self) -> (f64, f64) {
         (self.g.total(), self.gx.total())
     }
 
-    /// Adds the values of a slice of one channel; `ahead` says where the next ones lie.
+    /// Adds the values of a slice; `ahead` says where the next ones lie. `weights` gives the factors of `g` for a range of the slice.
     #[inline(always)]
-    pub fn add<T: Element, M: Mask<T>>(
+    pub fn add<T: Element, M: Mask<T>, W: Fn(usize) -> f64>(
         &mut self,
         slice: &Slice<T>,
-        channel: &Channel<T::Real>,
+        channels: impl Channels<Channel<T::Real>>,
+        weights: impl Fn(Range<usize>) -> W,
         mean: f64,
         ahead: Ahead,
     ) {
-        let mut rooms = [T::ROOM; 3];
         const { assert!(LANES <= T::CHUNK) };
-        // As for the distances.
-        let mut left = *slice;
-        while left.x.len() >= LANES {
-            let values = left.part(0..LANES);
-            values.prefetch::<M>(ahead);
-            let load = values.load::<M>(&mut rooms);
-            let (gs, gxs) = (&mut self.g.whole.0, &mut self.gx.whole.0);
-            for i in 0..values.x.len() {
-                let (x, g) = load(i, channel);
-                gs[i] += g.to_f64();
-                gxs[i] += g.to_f64() * (x.to_f64() - mean);
+        let mut rooms = [T::ROOM; 3];
+        blocks(
+            self,
+            slice.x.len(),
+            #[inline(always)]
+            |sums, range, seen| {
+                let (channels, weight) = (channels.part(range.clone()), weights(range.clone()));
+                let values = slice.part(range);
+                values.prefetch::<M>(ahead);
+                let load = values.load::<M>(&mut rooms);
+                for i in 0..values.x.len() {
+                    let (x, g) = load(i, &channels.at(i));
+                    let (weight, g) = (weight(i), g.to_f64());
+                    sums.g.lanes.0[i] += unseen(i, seen, weight * g);
+                    sums.gx.lanes.0[i] += unseen(i, seen, weight * (g * (x.to_f64() - mean)));
+                }
+            },
+            #[inline(always)]
+            |sums, i| {
+                let (channels, weight) = (channels.part(i..i + 1), weights(i..i + 1)(0));
+                let value = slice.part(i..i + 1);
+                let (x, g) = value.load::<M>(&mut [T::ROOM; 3])(0, &channels.at(0));
+                let g = g.to_f64();
+                sums.g.short += weight * g;
+                sums.gx.short += weight * (g * (x.to_f64() - mean));
+            },
+        );
+    }
+}
+
+#[cfg(test)]
+mod tests {
+    use half::bf16;
+
+    use super::*;
+    use crate::ops::loops::element::{NoMask, Same};
+
+    /// Whole numbers, whose sums are exact in any order.
+    fn numbers(len: usize, step: usize) -> impl Iterator<Item = f64> + Clone {
+        (0..len).map(move |i| ((i + 1) * step % 23) as f64 - 9.0)
+    }
+
+    /// Slices of every length up to four blocks, each behind one of another length.
+    fn for_lengths(check: impl Fn([usize; 2])) {
+        for len in 0..=4 * LANES {
+            check([len, (len * 7 + 1) % (2 * LANES)]);
+        }
+    }
+
+    fn check_moments<T: Element>(of: impl Fn(f64) -> T + Copy) {
+        for_lengths(|lens| {
+            let slices = lens.map(|len| numbers(len, 5).map(of).collect::<Vec<_>>());
+            let all = || lens.into_iter().flat_map(|len| numbers(len, 5));
+            let pivot = 2.0;
+            let (mut distances, mut sum) = (Distances::new(), Sum::new());
+            for slice in &slices {
+                distances.add(slice, Ahead::IN_LINE, pivot);
+                sum.add(slice, Ahead::IN_LINE, |x| x * x * x);
             }
-            left = left.part(LANES..left.x.len());
-        }
-        let len = left.x.len();
-        let (gs, gxs) = (self.g.rest(len), self.gx.rest(len));
-        let load = left.load::<M>(&mut rooms);
-        for i in 0..len {
-            let (x, g) = load(i, channel);
-            gs[i] += g.to_f64();
-            gxs[i] += g.to_f64() * (x.to_f64() - mean);
-        }
+            let expected = |power| all().map(|x| (x - pivot).powi(power)).sum::<f64>();
+            assert_eq!(distances.sum.total(), expected(1), "{lens:?}");
+            assert_eq!(distances.squares.total(), expected(2), "{lens:?}");
+            assert_eq!(
+                sum.total(),
+                all().map(|x| x.powi(3)).sum::<f64>(),
+                "{lens:?}"
+            );
+        });
+    }
+
+    #[test]
+    fn every_value_of_slices_of_any_length_is_added_once() {
+        check_moments(|x| x as f32);
+        check_moments(|x| x);
+        check_moments(bf16::from_f64);
+    }
+
+    #[test]
+    fn every_gradient_of_slices_of_any_length_is_added_once() {
+        for_lengths(|lens| {
+            let (mut sums, mean) = (GradSums::new(), 3.0);
+            let mut expected = (0.0, 0.0);
+            for len in lens {
+                let [x, dy, weights] = [5, 7, 11].map(|step| numbers(len, step));
+                for ((x, dy), weight) in x.clone().zip(dy.clone()).zip(weights.clone()) {
+                    expected.0 += weight * dy;
+                    expected.1 += weight * dy * (x - mean);
+                }
+                let (x, dy): (Vec<_>, Vec<_>) = (x.collect(), dy.collect());
+                let weights: Vec<_> = weights.collect();
+                let (x, dy) = (&x[..], &dy[..]);
+                let of = |range: Range<usize>| {
+                    let weights = &weights[range];
+                    |i: usize| weights[i]
+                };
+                let channel = Same(Channel::new(0.0, 1.0, 1.0, 0.0));
+                let slice = Slice { x, dy, y: x };
+                sums.add::<f64, NoMask, _>(&slice, channel, of, mean, Ahead::IN_LINE);
+            }
+            assert_eq!(sums.totals(), expected, "{lens:?}");
+        });
     }
 }

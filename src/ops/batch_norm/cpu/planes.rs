@@ -7,7 +7,7 @@ use super::rows::{ChannelRow, GradRow, Pair};
 use super::Backward;
 use crate::ops::loops::convert::{Element, Real};
 use crate::ops::loops::element::{Channel, ChannelGrad, Mask, Same};
-use crate::ops::loops::lanes::{moments, GradSums};
+use crate::ops::loops::lanes::{moments, ones, GradSums};
 use crate::ops::loops::prefetch::Ahead;
 use crate::ops::loops::sweep::{Division, Tile, PART};
 use crate::shape::Dims;
@@ -82,7 +82,7 @@ impl Tiling for Planes {
         };
         let ahead = Ahead::in_slices::<T>(n, s, c * s);
         let m = self.values(tile.part) as f64;
-        let (mean, squares) = moments::<true, _, _>(runs, m, remove_mean, ahead);
+        let (mean, squares) = moments(runs, m, remove_mean, ahead);
         Pair([mean], [squares])
     }
 
@@ -93,12 +93,12 @@ impl Tiling for Planes {
         tile: Tile,
         row: &ChannelRow<Self, T::Real>,
     ) -> Pair<[f64; 1]> {
-        let (Same(channel), mean) = (self.at(row), row.mean[0]);
-        let (tensors, mut sums) = (job.tensors(), GradSums::<true>::new());
+        let (channel, mean) = (self.at(row), row.mean[0]);
+        let (tensors, mut sums) = (job.tensors(), GradSums::new());
         let Dims { n, c, s } = self.0;
         let ahead = Ahead::in_slices::<T>(n, s, c * s);
         for run in self.runs(tile) {
-            sums.add::<T, M>(&tensors.part(run), &channel, mean, ahead);
+            sums.add::<T, M, _>(&tensors.part(run), channel, ones, mean, ahead);
         }
         let (g, gx) = sums.totals();
         Pair([g], [gx])

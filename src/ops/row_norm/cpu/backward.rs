@@ -4,14 +4,14 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::affine::{Affine, ByPlane, ByValue, Row, RowGrad};
-use super::blocks::Blocks;
+use super::blocks::{batches, Blocks};
 use super::{Backward, Grads, Spec};
 use crate::dims::Rows;
 use crate::ops::loops::convert::{chunks, Element, Real};
 use crate::ops::loops::element::{Channels, Mask, Same, Slice};
-use crate::ops::loops::lanes::{blocks, total, GradSums, Lanes};
+use crate::ops::loops::lanes::{ones, GradSums};
 use crate::ops::loops::prefetch::Ahead;
-use crate::ops::output::{Output, Parts};
+use crate::ops::output::Output;
 use crate::ops::parallel;
 use crate::ops::slices::vectorised;
 
@@ -157,9 +157,10 @@ pub(super) fn plane_sums<T: Element, M: Mask<T>>(
 ) -> Sums {
     let mut row_sums = (0.0, 0.0);
     for (run, channel) in affine.planes(start, slice.x.len()) {
-        let mut sums = GradSums::<false>::new();
+        let mut sums = GradSums::new();
         let of_plane = affine.channel(row, channel);
-        sums.add::<T, M>(&slice.part(run), &of_plane, row.mean, Ahead::IN_LINE);
+        let ahead = Ahead::IN_LINE;
+        sums.add::<T, M, _>(&slice.part(run), Same(of_plane), ones, row.mean, ahead);
         let (g, gx) = sums.totals();
         planes.push(PlaneSums {
             channel,
@@ -214,7 +215,7 @@ pub(super) fn values<T: Element, M: Mask<T>>(
     affine: &ByValue<T::Real>,
 ) -> Grads<T> {
     let Rows { n, groups, c, s } = job.spec.rows;
-    let sample = c * s;
+    let (sample, len) = (c * s, job.spec.rows.len());
     let mut dx = job.wants.dx.then(|| Output::new(job.x.len()));
     let dx_parts = dx.as_mut().map(Output::parts);
     let of_chunk = CHUNK
@@ -226,23 +227,38 @@ pub(super) fn values<T: Element, M: Mask<T>>(
             1
         });
     let parts = parallel::map(n.div_ceil(of_chunk), job.x.len(), |chunk| {
-        let mut sums = (job.wants.dparams).then(|| [vec![0.0; sample], vec![0.0; sample]]);
+        let mut dparams = (job.wants.dparams).then(|| [vec![0.0; sample], vec![0.0; sample]]);
         let samples = chunk * of_chunk..n.min((chunk + 1) * of_chunk);
         vectorised(
             #[inline(always)]
             || {
-                for index in samples.start * groups..samples.end * groups {
-                    let columns = index % groups * (sample / groups);
-                    let columns = columns..columns + sample / groups;
-                    let dparams = sums.as_mut().map(|[dweight, dbias]| {
-                        (&mut dweight[columns.clone()], &mut dbias[columns])
-                    });
-                    // SAFETY: no two chunks have a sample in common.
-                    unsafe { row::<T, M>(job, affine, index, dparams, dx_parts) }
+                let mut rows = Vec::new();
+                for batch in batches(samples.start * groups..samples.end * groups, len) {
+                    rows.clear();
+                    for index in batch.clone() {
+                        let (row, start) = (saved_row(job, index), index % groups * len);
+                        let slice = slice(job, index * len..(index + 1) * len);
+                        let sums = value_sums::<T, M>(affine, &row, start, &slice);
+                        rows.push((row, sums));
+                    }
+                    for ((row, sums), index) in rows.iter().zip(batch) {
+                        let (start, run) = (index % groups * len, index * len..(index + 1) * len);
+                        let slice = slice(job, run.clone());
+                        if let Some([dweight, dbias]) = &mut dparams {
+                            let to = start..start + len;
+                            let to = [&mut dweight[to.clone()], &mut dbias[to]];
+                            add_dparams::<T, M>(affine, row, start, &slice, to);
+                        }
+                        if let Some(parts) = dx_parts {
+                            // SAFETY: no two chunks have a sample in common.
+                            let dx = unsafe { parts.part(run) };
+                            write_dx::<T, M, _>(job.spec, affine, row, *sums, start, &slice, dx);
+                        }
+                    }
                 }
             },
         );
-        sums
+        dparams
     });
     let dparams = || {
         let mut dparams = Vec::with_capacity(2 * c);
@@ -264,70 +280,53 @@ pub(super) fn values<T: Element, M: Mask<T>>(
     }
 }
 
-/// Writes `dx` of a row, if it is asked for, and adds to the gradients of the parameters of its values.
-///
-/// # Safety
-/// Nobody else holds the part of this row.
+/// The sums of a row, the first value of which is value `start` of the sample.
 #[inline(always)]
-unsafe fn row<T: Element, M: Mask<T>>(
-    job: &Backward<T>,
+fn value_sums<T: Element, M: Mask<T>>(
     affine: &ByValue<T::Real>,
-    index: usize,
-    dparams: Option<(&mut [f64], &mut [f64])>,
-    dx: Option<Parts<T>>,
-) {
-    let (groups, len) = (job.spec.rows.groups, job.spec.rows.len());
-    let (row, start) = (&saved_row(job, index), index % groups * len);
-    let run = index * len..(index + 1) * len;
-    let slice = slice(job, run.clone());
-    let channels = affine.channels(row, start..start + len);
-    let mut rooms = [T::ROOM; 3];
-    let (mut h, mut hx) = (Lanes::new(), Lanes::new());
-    blocks(
-        len,
+    row: &Row<T::Real>,
+    start: usize,
+    slice: &Slice<T>,
+) -> Sums {
+    let channels = affine.channels(row, start..start + slice.x.len());
+    let mut sums = GradSums::new();
+    sums.add::<T, M, _>(
+        slice,
+        channels,
         #[inline(always)]
         |range| {
-            let len = range.len();
-            let channels = channels.part(range.clone());
-            let values = slice.part(range);
-            values.prefetch::<M>(Ahead::IN_LINE);
-            let load = values.load::<M>(&mut rooms);
-            let (h, hx) = (&mut h.0[..len], &mut hx.0[..len]);
-            for i in 0..len {
-                let (x, g) = load(i, &channels.at(i));
-                let (weight, g) = (channels.weight[i].to_f64(), g.to_f64());
-                h[i] += weight * g;
-                hx[i] += weight * (g * (x.to_f64() - row.mean));
-            }
+            let weight = &channels.weight[range];
+            #[inline(always)]
+            |i| weight[i].to_f64()
         },
+        row.mean,
+        Ahead::IN_LINE,
     );
-    // In a loop of its own, for so many sums at once are slower.
-    if let Some((dweight, dbias)) = dparams {
-        for range in chunks::<T>(len) {
-            let channels = channels.part(range.clone());
-            let (dweight, dbias) = (&mut dweight[range.clone()], &mut dbias[range.clone()]);
-            let values = slice.part(range.clone());
-            let load = values.load::<M>(&mut rooms);
-            for i in 0..range.len() {
-                let (x, g) = load(i, &channels.at(i));
-                let g = g.to_f64();
-                dweight[i] += row.rstd * (g * (x.to_f64() - row.mean));
-                dbias[i] += g;
-            }
+    sums.totals()
+}
+
+/// Adds what a row has for the gradients of its values' weights and biases.
+#[inline(always)]
+fn add_dparams<T: Element, M: Mask<T>>(
+    affine: &ByValue<T::Real>,
+    row: &Row<T::Real>,
+    start: usize,
+    slice: &Slice<T>,
+    [dweight, dbias]: [&mut [f64]; 2],
+) {
+    let channels = affine.channels(row, start..start + slice.x.len());
+    let mut rooms = [T::ROOM; 3];
+    for range in chunks::<T>(slice.x.len()) {
+        let channels = channels.part(range.clone());
+        let (dweight, dbias) = (&mut dweight[range.clone()], &mut dbias[range.clone()]);
+        let values = slice.part(range);
+        let load = values.load::<M>(&mut rooms);
+        for i in 0..values.x.len() {
+            let (x, g) = load(i, &channels.at(i));
+            let g = g.to_f64();
+            dweight[i] += row.rstd * (g * (x.to_f64() - row.mean));
+            dbias[i] += g;
         }
-    }
-    if let Some(parts) = dx {
-        // SAFETY: the caller promises it.
-        let dx = unsafe { parts.part(run) };
-        write_dx::<T, M, _>(
-            job.spec,
-            affine,
-            row,
-            (total(&h.0), total(&hx.0)),
-            start,
-            &slice,
-            dx,
-        );
     }
 }
 

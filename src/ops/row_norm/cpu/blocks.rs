@@ -36,18 +36,12 @@ impl Blocks {
         }
     }
 
-    /// The rows of a block in batches, the values of which are read and soon read again to be written.
-    ///
-    /// A single row is one too: where one is written while the next one is fetched, memory has work all the time.
-    /// Short ones are several, that their roots and quotients need not be waited for one by one.
+    /// The rows of a block, in batches.
     #[inline(always)]
     pub fn batches(&self, block: usize) -> impl Iterator<Item = Range<usize>> {
         let first = block * self.rows_of_block;
         let end = self.rows.rows().min(first + self.rows_of_block);
-        let step = (BATCH / self.rows.len()).max(1);
-        (first..end)
-            .step_by(step)
-            .map(move |row| row..end.min(row + step))
+        batches(first..end, self.rows.len())
     }
 
     /// The values of a whole row.
@@ -61,4 +55,15 @@ impl Blocks {
         let Range { start, end } = self.row(group);
         start + part * PART..end.min(start + (part + 1) * PART)
     }
+}
+
+/// Rows of `len` values in batches, the values of which are read and soon read again to be written.
+///
+/// A single row is one too: where one is written while the next one is fetched, memory has work all the time.
+/// Short ones are several, that their roots and quotients need not be waited for one by one.
+#[inline(always)]
+pub(super) fn batches(rows: Range<usize>, len: usize) -> impl Iterator<Item = Range<usize>> {
+    let step = (BATCH / len).max(1);
+    let end = rows.end;
+    rows.step_by(step).map(move |row| row..end.min(row + step))
 }

@@ -82,12 +82,8 @@ fn rows_in_parts<T: Element, P: Affine<T::Real>>(
                 || {
                     let x = &x[blocks.part(tile)];
                     let m = x.len() as f64;
-                    let (mean, squares) = moments::<false, _, _>(
-                        || std::iter::once(x),
-                        m,
-                        spec.remove_mean,
-                        Ahead::IN_LINE,
-                    );
+                    let (mean, squares) =
+                        moments(|| std::iter::once(x), m, spec.remove_mean, Ahead::IN_LINE);
                     (m, (mean, squares))
                 },
             )
@@ -132,8 +128,7 @@ pub(super) fn write_row<T: Element, P: Affine<T::Real>>(
 #[inline(always)]
 pub(super) fn statistics<T: Element>(spec: &Spec, x: &[T]) -> Row<T::Real> {
     let m = x.len() as f64;
-    let (mean, squares) =
-        moments::<false, _, _>(|| std::iter::once(x), m, spec.remove_mean, Ahead::IN_LINE);
+    let (mean, squares) = moments(|| std::iter::once(x), m, spec.remove_mean, Ahead::IN_LINE);
     Row::new(spec, mean, squares / m)
 }
 
