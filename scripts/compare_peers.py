@@ -4,7 +4,7 @@
     python3 scripts/compare_peers.py                      one layer: tables, plots, raw numbers
     python3 scripts/compare_peers.py --scaling            also over threads and sizes
     python3 scripts/compare_peers.py --mnist DIR          also epochs of training, and their memory
-    python3 scripts/compare_peers.py --quick              a few minutes at most, to see that all of it works
+    python3 scripts/compare_peers.py --quick              a few minutes at most (--also takes longer), to see that all of it works
 
 Needs cargo, and a network the first time, for PyTorch goes into a venv of its own (pip's environment
 variables choose where from; the CPU's build is enough). Close other programs: the figures are times.
@@ -38,7 +38,7 @@ PASSES = ["fwd", "vjp", "all", "eval"]
 def arguments():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
-    add("--venv", type=Path, metavar="DIR", help="an existing one is used as it is (default: target/peers-venv)")
+    add("--venv", type=Path, metavar="DIR", help="an existing one gets no more than --also needs (default: target/peers-venv)")
     add("--out", type=Path, metavar="DIR", help="for tables, plots and raw numbers (default: target/peers)")
     add("--threads", type=numbers, default=[4, 1], metavar="N,N", help="default: 4,1; MNIST takes the first")
     add("--rounds", type=int, default=5, help="how often each worker has its turn (default: 5)")
@@ -63,7 +63,7 @@ def arguments():
         parser.error("--epochs should be at least 2, for the first does not count")
     if min(args.rounds, args.mnist_rounds, *args.threads) < 1 or args.seconds <= 0:
         parser.error("--rounds, --mnist-rounds, --threads and --seconds should be above 0")
-    if unknown := set(args.dtypes) - set(report_peers.BYTES):
+    if unknown := set(args.dtypes) - report_peers.DTYPES:
         parser.error(f"unknown dtype {', '.join(unknown)}")
     if unknown := set(args.models) - {"mlp", "cnn"}:
         parser.error(f"unknown model {', '.join(unknown)}")
@@ -99,8 +99,10 @@ def python_with_torch(venv, further):
     version = run([python, "-c", "import torch; print(torch.__version__)"], f"no PyTorch in {venv}").strip()
     if f"torch=={version.split('+')[0]}" not in PACKAGES:
         print(f"this is PyTorch {version}, while {PACKAGES[0]} is what a new venv gets", file=sys.stderr)
-    present = run([python, "-m", "pip", "freeze"], f"no pip in {venv}").split()
-    install(python, [package for peer in further for package in FURTHER[peer] if package not in present])
+    if wanted := [package for peer in further for package in FURTHER[peer]]:
+        # pip writes some names with an underscore.
+        present = run([python, "-m", "pip", "freeze"], f"no pip in {venv}").replace("_", "-").split()
+        install(python, [package for package in wanted if package not in present])
     return python, version
 
 
@@ -130,12 +132,13 @@ def start_workers(bench, python, threads, further):
         # The same program as ours, but stopped while ours is measured.
         "candle-nn": Worker([bench], environment(threads)),
     }
+    # With their memory kept, as PyTorch is faster.
     if "compile" in further:
         workers["pytorch-compiled"] = script("torch_peer.py", "ops", threads, "--compile", kept=True)
     if "jax" in further:
-        workers["jax"] = script("jax_peer.py", threads)
+        workers["jax"] = script("jax_peer.py", threads, kept=True)
     if "tensorflow" in further:
-        workers["tensorflow"] = script("tensorflow_peer.py", threads)
+        workers["tensorflow"] = script("tensorflow_peer.py", threads, kept=True)
     return workers
 
 
@@ -160,7 +163,7 @@ def times_of(workers, shape, dtype, passes, args, errors):
         for pass_ in passes:
             moved = report_peers.MOVED[pass_]
             if moved not in floors:
-                floors[moved] = workers["ours"].ask(f"ours {shape} f32 floor{moved} {args.seconds}")
+                floors[moved] = workers["ours"].ask(f"ours {shape} {dtype} floor{moved} {args.seconds}")
             times[pass_]["floor"].append(floors[moved])
     if "vjp" in passes:
         for peer in set(workers) - {"ours"}:
@@ -236,7 +239,7 @@ def mnist(example, python, args):
     return {"runs": runs, "training_peak_mib": memory}
 
 
-def machine(torch_version, load):
+def machine(torch_version, further, load):
     def line_of(*command):
         # Absent on some systems, and no reason to stop.
         done = shutil.which(command[0]) and subprocess.run(command, capture_output=True, text=True, cwd=ROOT)
@@ -256,6 +259,7 @@ def machine(torch_version, load):
         "rustc": line_of("rustc", "--version"),
         "candle-nn": report_peers.locked_version(ROOT / "Cargo.lock", "candle-nn"),
         "PyTorch": torch_version,
+        "further peers": ", ".join(package for peer in further for package in FURTHER[peer]),
         "Python": platform.python_version(),
     }
 
@@ -267,7 +271,7 @@ def compare(args):
     example = build("build", "--release", "--example", "mnist_compare") if args.mnist else None
     args.out.mkdir(parents=True, exist_ok=True)
     settings = {name: value for name, value in vars(args).items() if not isinstance(value, Path)}
-    data = {"machine": machine(torch_version, load), "settings": settings, "errors": []}
+    data = {"machine": machine(torch_version, args.also, load), "settings": settings, "errors": []}
     data.update(ops=[], scaling={}, mnist={})
 
     # What has been measured is written at once, so that an error later on does not lose it.

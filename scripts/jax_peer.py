@@ -1,16 +1,18 @@
 """JAX's part of compare_peers.py, which runs it inside the venv: `jax_peer.py THREADS`.
 
-JAX has no batch norm of its own. This one is compiled, has the channels second as the other peers, and its statistics are those of
-Flax, the means of x and of x² in F32. Further norms are not measured.
+JAX leaves batch norm to its users' libraries. This one is compiled, has the channels second as the other peers, and its statistics are
+those of Flax, the means of x and of x² in F32. Further norms are not measured.
 """
 import functools
+import os
 import sys
 
-from peer_lines import answer_lines, parsed, use_cpus
+from peer_lines import answer_lines, parsed
 
-use_cpus(int(sys.argv[1]))
+# By this XLA sizes its pools.
+os.environ["PJRT_NPROC"] = sys.argv[1]
 
-import jax  # noqa: E402  (it counts the CPUs as it loads)
+import jax  # noqa: E402  (it reads the variable as it loads)
 import jax.numpy as jnp  # noqa: E402
 
 jax.config.update("jax_platforms", "cpu")

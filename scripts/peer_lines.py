@@ -1,14 +1,7 @@
 """What the Python halves of compare_peers.py have in common: they answer lines as benches/peers.rs does."""
-import os
 import statistics
 import sys
 import time
-
-
-def use_cpus(threads):
-    """Keeps this process on as many CPUs, by which the libraries that count them size their pools. Call it before they load."""
-    if hasattr(os, "sched_setaffinity"):
-        os.sched_setaffinity(0, sorted(os.sched_getaffinity(0))[:threads])
 
 
 def parsed(shape):

@@ -22,7 +22,7 @@ LINES = {
     "ours": ("this crate", BLUE, "o"),
     "pytorch": ("PyTorch", ORANGE, "s"),
     "pytorch-kept": ("PyTorch, memory kept", VERMILION, "^"),
-    "floor": ("five passes without arithmetic", GREY, "x"),
+    "floor": ("five passes, one addition", GREY, "x"),
 }
 
 plt.rcParams.update({

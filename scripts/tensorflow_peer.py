@@ -1,19 +1,21 @@
 """TensorFlow's part of compare_peers.py, which runs it inside the venv: `tensorflow_peer.py THREADS`.
 
-Batch norm is its fused op inside a `tf.function`, as in Keras, with the channels last, which it is made for. Further norms are not
+Batch norm is its fused op inside a `tf.function`, as in Keras 2, with the channels last, which it is made for. Further norms are not
 measured.
 """
 import functools
 import os
 import sys
 
-from peer_lines import answer_lines, parsed, use_cpus
+from peer_lines import answer_lines, parsed
 
-use_cpus(int(sys.argv[1]))
 # Its greetings and hints; errors still come.
 os.environ["TF_CPP_MIN_LOG_LEVEL"] = "2"
 
-import tensorflow as tf  # noqa: E402  (it counts the CPUs as it loads)
+import tensorflow as tf  # noqa: E402  (it reads the variable as it loads)
+
+tf.config.threading.set_intra_op_parallelism_threads(int(sys.argv[1]))
+tf.config.threading.set_inter_op_parallelism_threads(1)
 
 DTYPES = {"f32": tf.float32, "f16": tf.float16, "bf16": tf.bfloat16}
 EPS, MOMENTUM = 1e-5, 0.1

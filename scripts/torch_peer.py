@@ -40,7 +40,8 @@ def prepare(compiled, shape, dtype, pass_):
     x = (torch.randn(dims) * 2 + 1).to(DTYPES[dtype])
     bn = build(norm, dims).to(DTYPES[dtype])
     relu = torch.relu if norm == "batch" else lambda x: x
-    compiled = torch.compile if compiled else lambda function: function
+    # Each shape for itself, and none of them without being compiled, however many came before.
+    compiled = functools.partial(torch.compile, dynamic=False) if compiled else lambda function: function
     if pass_ == "fwd":
         layer = compiled(lambda x: bn(x))
         return lambda: layer(x)
@@ -135,6 +136,7 @@ def main(command, *args):
     if command == "ops":
         torch.set_num_threads(int(args[0]))
         compiled = "--compile" in args
+        torch._dynamo.config.recompile_limit = 1000
         of = functools.partial(prepare, compiled)
         # Each round asks for the same again, and a compilation takes many seconds.
         answer_lines(functools.lru_cache(maxsize=4)(of) if compiled else of)

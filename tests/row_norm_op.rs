@@ -165,6 +165,9 @@ fn layer_norm_is_its_closed_form() -> Result<()> {
             for (n, len) in [
                 (3, 1),
                 (5, 2),
+                (6, 15),
+                (6, 16),
+                (6, 17),
                 (1, 31),
                 (300, 64),
                 (7, 127),

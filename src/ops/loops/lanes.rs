@@ -125,6 +125,14 @@ impl Sum {
     }
 }
 
+/// The sum of values.
+#[inline(always)]
+pub(crate) fn sum<T: Element>(values: &[T]) -> f64 {
+    let mut sum = Sum::new();
+    sum.add(values, Ahead::IN_LINE, |x| x);
+    sum.total()
+}
+
 /// `Σd` and `Σd²` of the distances `d` from a pivot.
 struct Distances {
     sum: Sum,
@@ -282,7 +290,7 @@ impl GradSums {
 
 #[cfg(test)]
 mod tests {
-    use half::bf16;
+    use half::{bf16, f16};
 
     use super::*;
     use crate::ops::loops::element::{NoMask, Same};
@@ -292,7 +300,7 @@ mod tests {
         (0..len).map(move |i| ((i + 1) * step % 23) as f64 - 9.0)
     }
 
-    /// Slices of every length up to four blocks, each behind one of another length.
+    /// Slices of every length up to four blocks, and another one behind each.
     fn for_lengths(check: impl Fn([usize; 2])) {
         for len in 0..=4 * LANES {
             check([len, (len * 7 + 1) % (2 * LANES)]);
@@ -325,6 +333,7 @@ mod tests {
         check_moments(|x| x as f32);
         check_moments(|x| x);
         check_moments(bf16::from_f64);
+        check_moments(f16::from_f64);
     }
 
     #[test]

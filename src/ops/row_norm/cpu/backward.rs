@@ -9,7 +9,7 @@ use super::{Backward, Grads, Spec};
 use crate::dims::Rows;
 use crate::ops::loops::convert::{chunks, Element, Real};
 use crate::ops::loops::element::{Channels, Mask, Same, Slice};
-use crate::ops::loops::lanes::{ones, GradSums};
+use crate::ops::loops::lanes::{self, ones, GradSums};
 use crate::ops::loops::prefetch::Ahead;
 use crate::ops::output::Output;
 use crate::ops::parallel;
@@ -238,7 +238,9 @@ pub(super) fn values<T: Element, M: Mask<T>>(
                     for index in batch.clone() {
                         let (row, start) = (saved_row(job, index), index % groups * len);
                         let slice = slice(job, index * len..(index + 1) * len);
-                        let sums = value_sums::<T, M>(affine, &row, start, &slice);
+                        // Only `dx` needs them.
+                        let sums =
+                            dx_parts.map(|_| value_sums::<T, M>(affine, &row, start, &slice));
                         rows.push((row, sums));
                     }
                     for ((row, sums), index) in rows.iter().zip(batch) {
@@ -249,10 +251,10 @@ pub(super) fn values<T: Element, M: Mask<T>>(
                             let to = [&mut dweight[to.clone()], &mut dbias[to]];
                             add_dparams::<T, M>(affine, row, start, &slice, to);
                         }
-                        if let Some(parts) = dx_parts {
+                        if let (Some(parts), Some(sums)) = (dx_parts, *sums) {
                             // SAFETY: no two chunks have a sample in common.
                             let dx = unsafe { parts.part(run) };
-                            write_dx::<T, M, _>(job.spec, affine, row, *sums, start, &slice, dx);
+                            write_dx::<T, M, _>(job.spec, affine, row, sums, start, &slice, dx);
                         }
                     }
                 }
@@ -261,22 +263,37 @@ pub(super) fn values<T: Element, M: Mask<T>>(
         dparams
     });
     let dparams = || {
-        let mut dparams = Vec::with_capacity(2 * c);
-        for index in 0..2 {
-            let mut total = vec![0.0; sample];
-            for sums in parts.iter().flatten() {
-                for i in 0..sample {
-                    total[i] += sums[index][i];
+        let mut dparams = vec![0.0; 2 * c];
+        vectorised(
+            #[inline(always)]
+            || {
+                for sums in parts.iter().flatten() {
+                    for (to, sums) in dparams.chunks_exact_mut(c).zip(sums) {
+                        add_planes(to, sums, s);
+                    }
                 }
-            }
-            dparams.extend(total.chunks(s).map(|plane| plane.iter().sum::<f64>()));
-        }
+            },
+        );
         dparams
     };
     Grads {
         // SAFETY: the chunks have all samples.
         dx: dx.map(|dx| unsafe { dx.finish() }),
         dparams: job.wants.dparams.then(dparams),
+    }
+}
+
+/// Adds to a number for each channel what its plane of `s` values comes to.
+#[inline(always)]
+fn add_planes(to: &mut [f64], planes: &[f64], s: usize) {
+    if s == 1 {
+        for (to, value) in to.iter_mut().zip(planes) {
+            *to += value;
+        }
+        return;
+    }
+    for (to, plane) in to.iter_mut().zip(planes.chunks_exact(s)) {
+        *to += lanes::sum(plane);
     }
 }
 
