@@ -33,6 +33,7 @@ FURTHER = {"compile": [], "jax": ["jax==0.10.2"], "tensorflow": ["tensorflow-cpu
 CASES = ["64,256", "1024,1024", "64,32,28,28", "32,64,56,56", "32,256,14,14", "128,64,32,32"]
 SCALING_CASES = ["64,32,28,28", "32,64,56,56"]
 PASSES = ["fwd", "vjp", "all", "eval"]
+MNIST = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
 
 
 def arguments():
@@ -43,7 +44,7 @@ def arguments():
     add("--threads", type=numbers, default=[4, 1], metavar="N,N", help="default: 4,1; MNIST takes the first")
     add("--rounds", type=int, default=5, help="how often each worker has its turn (default: 5)")
     add("--seconds", type=float, default=0.3, help="of each turn (default: 0.3)")
-    add("--dtypes", type=lambda text: text.split(","), default=["f32"], metavar="f32,…", help="also f64, f16, bf16")
+    add("--dtypes", type=lambda text: text.split(","), default=["f32"], metavar="f32,…", help="of f32, f64, f16, bf16 (default: f32)")
     add("--cases", nargs="+", type=shape, default=CASES, metavar="N,C,…",
         help="shapes for batch norm, or for another norm as in layer:N,C, rms:N,C, group32:N,C,H,W and instance:N,C,H,W (default: six)")
     add("--also", type=lambda text: text.split(","), default=[], metavar="compile,jax,tensorflow",
@@ -51,11 +52,12 @@ def arguments():
     add("--skip-ops", action="store_true", help="no table of single layers")
     add("--scaling", action="store_true", help="also threads 1, 2, 4 and sizes from 2^12 to 2^26 values")
     add("--mnist", type=Path, metavar="DIR", help="also train on MNIST, whose four IDX files are in DIR")
-    add("--models", type=lambda text: text.split(","), default=["mlp", "cnn"], metavar="mlp,cnn", help="of MNIST")
+    add("--models", type=lambda text: text.split(","), default=["mlp", "cnn"], metavar="mlp,cnn",
+        help="that --mnist trains (default: both)")
     add("--epochs", type=int, default=3, help="of each MNIST run; the first does not count (default: 3)")
     add("--mnist-rounds", type=int, default=2, help="MNIST runs of each peer, in turns (default: 2)")
     add("--limit", type=int, default=0, metavar="N", help="only the first N training images")
-    add("--quick", action="store_true", help="one short round of everything: the figures mean nothing")
+    add("--quick", action="store_true", help="one short round of what is asked for, MNIST with 1280 images: the figures mean nothing")
     if parser.parse_known_args()[0].quick:
         parser.set_defaults(rounds=1, seconds=0.03, epochs=2, mnist_rounds=1, limit=1280)
     args = parser.parse_args()
@@ -67,6 +69,8 @@ def arguments():
         parser.error(f"unknown dtype {', '.join(unknown)}")
     if unknown := set(args.models) - {"mlp", "cnn"}:
         parser.error(f"unknown model {', '.join(unknown)}")
+    if args.mnist and (absent := [name for name in MNIST if not any(args.mnist.glob(f"{name}*"))]):
+        parser.error(f"--mnist {args.mnist} should have {', '.join(absent)}, as it is or with .gz behind its name")
     if unknown := set(args.also) - set(FURTHER):
         parser.error(f"unknown peer {', '.join(unknown)}")
     args.out = args.out or ROOT / "target/peers"

@@ -13,20 +13,29 @@ pub(crate) struct Ahead {
 /// Enough that memory answers in time, and not so much that it is gone again before it is read.
 const DISTANCE: usize = 6144;
 
+/// Enough for a tensor of up to so many bytes, which L3 holds. More is work for nothing there.
+const NEAR: (usize, usize) = (2048, 16 << 20);
+
 impl Ahead {
     /// In slices that follow each other.
     pub const IN_LINE: Self = Self { bytes: DISTANCE };
 
     /// In `count` slices of `len` values, each `stride` values behind the one before.
     pub fn in_slices<T>(count: usize, len: usize, stride: usize) -> Self {
-        let bytes = len * size_of::<T>();
-        if bytes >= 2 * DISTANCE {
-            return Self::IN_LINE;
+        let [slice, stride] = [len, stride].map(|values| values * size_of::<T>());
+        let (near, held) = NEAR;
+        let distance = if count * stride > held {
+            DISTANCE
+        } else {
+            near
+        };
+        if slice >= 2 * distance {
+            return Self { bytes: distance };
         }
         // Behind the last slice there is nothing to ask for.
-        let slices = DISTANCE.div_ceil(bytes.max(1)).min(count / 2);
+        let slices = distance.div_ceil(slice.max(1)).min(count / 2);
         Self {
-            bytes: slices * stride * size_of::<T>(),
+            bytes: slices * stride,
         }
     }
 
