@@ -33,6 +33,7 @@ FURTHER = {"compile": [], "jax": ["jax==0.10.2"], "tensorflow": ["tensorflow-cpu
 CASES = ["64,256", "1024,1024", "64,32,28,28", "32,64,56,56", "32,256,14,14", "128,64,32,32"]
 SCALING_CASES = ["64,32,28,28", "32,64,56,56"]
 PASSES = ["fwd", "vjp", "all", "eval"]
+DTYPES = {"f32", "f64", "f16", "bf16"}
 MNIST = [f"{part}-{kind}" for part in ("train", "t10k") for kind in ("images-idx3-ubyte", "labels-idx1-ubyte")]
 
 
@@ -65,7 +66,7 @@ def arguments():
         parser.error("--epochs should be at least 2, for the first does not count")
     if min(args.rounds, args.mnist_rounds, *args.threads) < 1 or args.seconds <= 0:
         parser.error("--rounds, --mnist-rounds, --threads and --seconds should be above 0")
-    if unknown := set(args.dtypes) - report_peers.DTYPES:
+    if unknown := set(args.dtypes) - DTYPES:
         parser.error(f"unknown dtype {', '.join(unknown)}")
     if unknown := set(args.models) - {"mlp", "cnn"}:
         parser.error(f"unknown model {', '.join(unknown)}")

@@ -4,7 +4,6 @@ import json
 import re
 import statistics
 
-DTYPES = {"f32", "f64", "f16", "bf16"}
 # What each pass has to read and write at least: x, y; and for gradients x, dy, dx.
 MOVED = {"fwd": 2, "eval": 2, "vjp": 5, "all": 5}
 # A load above this is more than the shell and an idle desktop.

@@ -135,11 +135,12 @@ def train_mnist(folder, model, epochs, limit):
 def main(command, *args):
     if command == "ops":
         torch.set_num_threads(int(args[0]))
-        compiled = "--compile" in args
-        torch._dynamo.config.recompile_limit = 1000
-        of = functools.partial(prepare, compiled)
-        # Each round asks for the same again, and a compilation takes many seconds.
-        answer_lines(functools.lru_cache(maxsize=4)(of) if compiled else of)
+        ready = functools.partial(prepare, "--compile" in args)
+        if "--compile" in args:
+            torch._dynamo.config.recompile_limit = 1000
+            # Each round asks for the same again, and a compilation takes many seconds.
+            ready = functools.lru_cache(maxsize=4)(ready)
+        answer_lines(ready)
     else:
         folder, model, epochs, limit, threads = args
         torch.set_num_threads(int(threads))

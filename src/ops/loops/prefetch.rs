@@ -1,5 +1,7 @@
 //! Values that are wanted soon.
 
+use crate::ops::cache;
+
 /// How far behind the values that are being summed up lie others that are asked for at the same time.
 ///
 /// The hardware asks for the next lines by itself, but not for enough of them to keep memory busy while sums in
@@ -13,8 +15,8 @@ pub(crate) struct Ahead {
 /// Enough that memory answers in time, and not so much that it is gone again before it is read.
 const DISTANCE: usize = 6144;
 
-/// Enough for a tensor of up to so many bytes, which L3 holds. More is work for nothing there.
-const NEAR: (usize, usize) = (2048, 16 << 20);
+/// Enough where the cache holds the tensor and its like. More is work for nothing there.
+const NEAR: usize = 2048;
 
 impl Ahead {
     /// In slices that follow each other.
@@ -23,11 +25,9 @@ impl Ahead {
     /// In `count` slices of `len` values, each `stride` values behind the one before.
     pub fn in_slices<T>(count: usize, len: usize, stride: usize) -> Self {
         let [slice, stride] = [len, stride].map(|values| values * size_of::<T>());
-        let (near, held) = NEAR;
-        let distance = if count * stride > held {
-            DISTANCE
-        } else {
-            near
+        let distance = match cache::holds(2 * count * stride) {
+            true => NEAR,
+            false => DISTANCE,
         };
         if slice >= 2 * distance {
             return Self { bytes: distance };
