@@ -2,6 +2,7 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
+use super::loops::stores;
 use super::output::Output;
 
 /// Below this many values a second thread costs more than it brings.
@@ -32,7 +33,9 @@ const PIECES: usize = 8;
 /// A task must not call this again: the pool would wait for itself.
 pub(crate) fn for_each(tasks: usize, values: usize, task: impl Fn(usize) + Sync) {
     if tasks < 2 || !is_parallel(values) {
-        return (0..tasks).for_each(task);
+        (0..tasks).for_each(task);
+        stores::wait();
+        return;
     }
     let threads = threads();
     let piece = tasks.div_ceil(threads * PIECES);
@@ -48,6 +51,7 @@ pub(crate) fn for_each(tasks: usize, values: usize, task: impl Fn(usize) + Sync)
                 (start..end.min(start + piece)).for_each(&task);
             }
         }
+        stores::wait();
     });
 }
 

@@ -41,7 +41,7 @@ pub(crate) trait Element: Copy + PartialOrd + Default + Send + Sync + 'static {
     ) -> &'a [Self::Real] {
         room.resize(len, Self::Real::ZERO);
         let mut chunk_room = Self::ROOM;
-        for range in chunks::<Self>(len) {
+        for range in chunks::<Self>(0..len) {
             let value = Self::load(&values[range.clone()], &mut chunk_room);
             let to = &mut room[range];
             for i in 0..to.len() {
@@ -67,20 +67,20 @@ pub(crate) trait Element: Copy + PartialOrd + Default + Send + Sync + 'static {
         // SAFETY: the caller promises it.
         let reals = unsafe { written(room) };
         let mut chunk_room = Self::ROOM;
-        for range in chunks::<Self>(to.len()) {
+        for range in chunks::<Self>(0..to.len()) {
             let reals = &reals[range.clone()];
             Self::store(&mut to[range], &mut chunk_room, |i| reals[i]);
         }
     }
 }
 
-/// The ranges of `len` values that are converted at once.
+/// A range of values in parts that are converted at once.
 #[inline(always)]
-pub(crate) fn chunks<T: Element>(len: usize) -> impl Iterator<Item = Range<usize>> {
-    let starts = (0..len).step_by(T::CHUNK);
-    starts.map(
+pub(crate) fn chunks<T: Element>(values: Range<usize>) -> impl Iterator<Item = Range<usize>> {
+    let end = values.end;
+    values.step_by(T::CHUNK).map(
         #[inline(always)]
-        move |start| start..start + T::CHUNK.min(len - start),
+        move |start| start..start + T::CHUNK.min(end - start),
     )
 }
 

@@ -3,8 +3,9 @@
 use std::mem::MaybeUninit;
 use std::ops::Range;
 
-use super::convert::{chunks, Element, Real};
+use super::convert::{Element, Real};
 use super::prefetch::Ahead;
+use super::stores::Stores;
 use crate::ops::Activation;
 
 /// How a channel is normalised: `y = ((x - hi) - lo)·scale + shift`.
@@ -111,28 +112,36 @@ pub(crate) fn relu<A: Real>(v: A) -> A {
 #[inline(always)]
 pub(crate) fn write_y<T: Element>(
     y: &mut [MaybeUninit<T>],
+    stores: Stores,
     x: &[T],
     residual: Option<&[T]>,
     channels: impl Channels<Channel<T::Real>>,
     activation: Activation,
 ) {
     let [mut x_room, mut r_room, mut y_room] = [T::ROOM; 3];
-    for range in chunks::<T>(y.len()) {
-        let (channels, y) = (channels.part(range.clone()), &mut y[range.clone()]);
-        let x = T::load(&x[range.clone()], &mut x_room);
-        let normalise = |i| channels.at(i).normalise(x(i));
-        let residual = residual.map(|residual| T::load(&residual[range], &mut r_room));
-        // One loop per case, so that each of them vectorises.
-        match (residual, activation) {
-            (None, Activation::Identity) => T::store(y, &mut y_room, normalise),
-            (None, Activation::Relu) => T::store(y, &mut y_room, |i| relu(normalise(i))),
-            (Some(r), Activation::Identity) => {
-                T::store(y, &mut y_room, |i| normalise(i) + r(i));
-            }
-            (Some(r), Activation::Relu) => {
-                T::store(y, &mut y_room, |i| relu(normalise(i) + r(i)));
-            }
-        }
+    // SAFETY: `store` writes all that it is given.
+    unsafe {
+        stores.write(
+            y,
+            #[inline(always)]
+            |range, y| {
+                let channels = channels.part(range.clone());
+                let x = T::load(&x[range.clone()], &mut x_room);
+                let normalise = |i| channels.at(i).normalise(x(i));
+                let residual = residual.map(|residual| T::load(&residual[range], &mut r_room));
+                // One loop per case, so that each of them vectorises.
+                match (residual, activation) {
+                    (None, Activation::Identity) => T::store(y, &mut y_room, normalise),
+                    (None, Activation::Relu) => T::store(y, &mut y_room, |i| relu(normalise(i))),
+                    (Some(r), Activation::Identity) => {
+                        T::store(y, &mut y_room, |i| normalise(i) + r(i));
+                    }
+                    (Some(r), Activation::Relu) => {
+                        T::store(y, &mut y_room, |i| relu(normalise(i) + r(i)));
+                    }
+                }
+            },
+        )
     }
 }
 
@@ -241,25 +250,34 @@ impl<'a, T: Element> Slice<'a, T> {
     pub fn write<M: Mask<T>, G>(
         &self,
         out: &mut [MaybeUninit<T>],
+        stores: Stores,
         channels: impl Channels<Channel<T::Real>>,
         grads: impl Channels<G>,
         value: impl Fn(T::Real, T::Real, &Channel<T::Real>, G) -> T::Real,
     ) {
         let (mut rooms, mut out_room) = ([T::ROOM; 3], T::ROOM);
-        for range in chunks::<T>(out.len()) {
-            let (channels, grads) = (channels.part(range.clone()), grads.part(range.clone()));
-            let values = self.part(range.clone());
-            let load = values.load::<M>(&mut rooms);
-            T::store(
-                &mut out[range],
-                &mut out_room,
+        // SAFETY: `store` writes all that it is given.
+        unsafe {
+            stores.write(
+                out,
                 #[inline(always)]
-                |i| {
-                    let channel = channels.at(i);
-                    let (x, g) = load(i, &channel);
-                    value(x, g, &channel, grads.at(i))
+                |range, out| {
+                    let (channels, grads) =
+                        (channels.part(range.clone()), grads.part(range.clone()));
+                    let values = self.part(range);
+                    let load = values.load::<M>(&mut rooms);
+                    T::store(
+                        out,
+                        &mut out_room,
+                        #[inline(always)]
+                        |i| {
+                            let channel = channels.at(i);
+                            let (x, g) = load(i, &channel);
+                            value(x, g, &channel, grads.at(i))
+                        },
+                    );
                 },
-            );
+            )
         }
     }
 
@@ -268,10 +286,11 @@ impl<'a, T: Element> Slice<'a, T> {
     pub fn write_dx_training<M: Mask<T>>(
         &self,
         dx: &mut [MaybeUninit<T>],
+        stores: Stores,
         channels: impl Channels<Channel<T::Real>>,
         grads: impl Channels<ChannelGrad<T::Real>>,
     ) {
-        self.write::<M, _>(dx, channels, grads, |x, g, channel, grad| {
+        self.write::<M, _>(dx, stores, channels, grads, |x, g, channel, grad| {
             grad.dx(channel, x, g)
         });
     }
@@ -281,9 +300,10 @@ impl<'a, T: Element> Slice<'a, T> {
     pub fn write_dx_given<M: Mask<T>>(
         &self,
         dx: &mut [MaybeUninit<T>],
+        stores: Stores,
         channels: impl Channels<Channel<T::Real>>,
     ) {
-        self.write::<M, _>(dx, channels, Same(()), |_, g, channel, ()| {
+        self.write::<M, _>(dx, stores, channels, Same(()), |_, g, channel, ()| {
             channel.scale * g
         });
     }
@@ -293,9 +313,10 @@ impl<'a, T: Element> Slice<'a, T> {
     pub fn write_g<M: Mask<T>>(
         &self,
         out: &mut [MaybeUninit<T>],
+        stores: Stores,
         channels: impl Channels<Channel<T::Real>>,
     ) {
-        self.write::<M, _>(out, channels, Same(()), |_, g, _, ()| g);
+        self.write::<M, _>(out, stores, channels, Same(()), |_, g, _, ()| g);
     }
 }
 
@@ -304,6 +325,7 @@ mod tests {
     use half::f16;
 
     use super::*;
+    use crate::ops::loops::stores;
 
     /// Something else for each index.
     #[derive(Clone, Copy)]
@@ -326,6 +348,7 @@ mod tests {
     fn written(len: usize, write: impl FnOnce(&mut [MaybeUninit<f16>])) -> Vec<f16> {
         let mut out = vec![MaybeUninit::new(f16::PI); len];
         write(&mut out);
+        stores::wait();
         // SAFETY: they were initialised above.
         out.iter().map(|out| unsafe { out.assume_init() }).collect()
     }
@@ -347,7 +370,11 @@ mod tests {
             f: channel,
         };
         let grads = ByIndex { start: 0, f: grad };
-        for len in [0, 1, 100, f16::CHUNK, f16::CHUNK + 1, 3 * f16::CHUNK + 19] {
+        let lens = [0, 1, 100, f16::CHUNK, f16::CHUNK + 1, 3 * f16::CHUNK + 19];
+        // SAFETY: `written` waits.
+        let streamed = unsafe { Stores::of::<f16>(1 << 30, 1 << 30) };
+        let both = |len| [Stores::CACHED, streamed].map(|stores| (len, stores));
+        for (len, stores) in lens.into_iter().flat_map(both) {
             let (x, dy, y) = (values(37, len), values(29, len), values(53, len));
             let one_by_one = |f: &dyn Fn(usize, [f32; 3]) -> f32| -> Vec<_> {
                 let value = |i: usize| f(i, [&x, &dy, &y].map(|of| of[i].to_f32()));
@@ -360,7 +387,7 @@ mod tests {
                 (Activation::Relu, true),
             ] {
                 let r = residual.then_some(&dy[..]);
-                let ours = written(len, |out| write_y(out, &x, r, channels, activation));
+                let ours = written(len, |out| write_y(out, stores, &x, r, channels, activation));
                 let truth = one_by_one(&|i, [x, r, _]| {
                     let y = channel(i).normalise(x);
                     let y = if residual { y + r } else { y };
@@ -377,13 +404,13 @@ mod tests {
                 y: &y,
             };
             let ours = written(len, |dx| {
-                slice.write_dx_training::<FromOutput>(dx, channels, grads);
+                slice.write_dx_training::<FromOutput>(dx, stores, channels, grads);
             });
             let truth = one_by_one(&|i, [x, dy, y]| {
                 grad(i).dx(&channel(i), x, if y > 0.0 { dy } else { 0.0 })
             });
             assert_eq!(ours, truth, "{len}");
-            let ours = written(len, |g| slice.write_g::<FromInput>(g, channels));
+            let ours = written(len, |g| slice.write_g::<FromInput>(g, stores, channels));
             let truth = one_by_one(&|i, [x, dy, _]| {
                 let y = f16::from_f32(channel(i).normalise(x));
                 if y > f16::ZERO {

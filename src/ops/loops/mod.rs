@@ -11,6 +11,7 @@ pub(super) mod element;
 mod f16;
 pub(super) mod lanes;
 pub(super) mod prefetch;
+pub(super) mod stores;
 pub(super) mod sweep;
 
 /// Smaller planes are gone through as columns, or value by value with a parameter for each: loops over so

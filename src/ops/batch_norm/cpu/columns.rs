@@ -9,6 +9,7 @@ use super::Backward;
 use crate::ops::loops::convert::{Element, Real};
 use crate::ops::loops::element::{Channel, ChannelGrad, Channels, Mask, Slice};
 use crate::ops::loops::lanes::spread;
+use crate::ops::loops::stores::Stores;
 use crate::ops::loops::sweep::{Division, Tile, PART};
 use crate::shape::Dims;
 
@@ -116,6 +117,12 @@ impl Tiling for Columns {
             scale: &row.scale,
             shift: &row.shift,
         }
+    }
+
+    // The runs of a row lie close to each other.
+    #[inline(always)]
+    fn stores<T>(&self) -> Stores {
+        Stores::CACHED
     }
 
     fn values(&self, part: usize) -> usize {

@@ -6,6 +6,7 @@ use super::passes::{write_grads, write_y, GradParts};
 use super::{Backward, Forward, Grads, Normalised, Spec};
 use crate::ops::loops::convert::{Element, Real};
 use crate::ops::loops::element::{Channel, ChannelGrad, Mask, Same};
+use crate::ops::loops::stores::Stores;
 use crate::ops::loops::sweep::PART;
 use crate::ops::loops::Params;
 use crate::ops::output::Output;
@@ -24,7 +25,7 @@ pub(super) fn forward<T: Element>(job: &Forward<T>, stats: Vec<f64>) -> Normalis
             || {
                 for (run, c) in runs(job.spec.dims, part) {
                     // SAFETY: no two runs of any two parts overlap.
-                    unsafe { write_y(job, run, Same(channels[c]), parts) }
+                    unsafe { write_y(job, run, Same(channels[c]), parts, Stores::CACHED) }
                 }
             },
         )
@@ -52,7 +53,7 @@ pub(super) fn backward<T: Element, M: Mask<T>>(
     let numel = spec.dims.numel();
     let mut dx = wants.dx.then(|| Output::new(numel));
     let mut dresidual = wants.dresidual.then(|| Output::new(numel));
-    let to = GradParts::new(&mut dx, &mut dresidual);
+    let to = GradParts::new(&mut dx, &mut dresidual, Stores::CACHED);
     if to.is_some() {
         for_parts(spec.dims, |part| {
             vectorised(

@@ -7,6 +7,7 @@ use super::rows::{ChannelRow, GradRow, Pair};
 use super::{Backward, Forward, Grads, Normalised, Params, Spec};
 use crate::ops::loops::convert::{Element, Real};
 use crate::ops::loops::element::{self, Channel, ChannelGrad, Channels, Mask};
+use crate::ops::loops::stores::Stores;
 use crate::ops::loops::sweep::{Division, Tile};
 use crate::ops::output::{Output, Parts};
 use crate::ops::parallel;
@@ -34,6 +35,8 @@ pub(super) trait Tiling: Sync + Sized {
     /// What belongs to the values of a run, each of which has values of the same channels.
     fn at<'a, A: Real>(&self, row: &'a ChannelRow<Self, A>) -> Self::Channels<'a, A>;
     fn grad_at<'a, A: Real>(&self, row: &'a GradRow<Self, A>) -> Self::Grads<'a, A>;
+    /// How the values of runs are written, in the loops of a [`Division`].
+    fn stores<T>(&self) -> Stores;
     /// The number of values that a part has of each of its channels.
     fn values(&self, part: usize) -> usize;
     /// Mean (0 without `remove_mean`) and sum of squares around it, of the values of a tile.
@@ -52,13 +55,19 @@ pub(super) trait Tiling: Sync + Sized {
 pub(super) struct GradParts<'a, T> {
     dx: Option<Parts<'a, T>>,
     dresidual: Option<Parts<'a, T>>,
+    stores: Stores,
 }
 
 impl<'a, T> GradParts<'a, T> {
-    pub fn new(dx: &'a mut Option<Output<T>>, dresidual: &'a mut Option<Output<T>>) -> Self {
+    pub fn new(
+        dx: &'a mut Option<Output<T>>,
+        dresidual: &'a mut Option<Output<T>>,
+        stores: Stores,
+    ) -> Self {
         Self {
             dx: dx.as_mut().map(Output::parts),
             dresidual: dresidual.as_mut().map(Output::parts),
+            stores,
         }
     }
 
@@ -78,6 +87,7 @@ pub(super) unsafe fn write_y<T: Element>(
     run: Range<usize>,
     channels: impl Channels<Channel<T::Real>>,
     y: Parts<T>,
+    stores: Stores,
 ) {
     let residual = job.residual.map(
         #[inline(always)]
@@ -85,7 +95,8 @@ pub(super) unsafe fn write_y<T: Element>(
     );
     // SAFETY: the caller promises it.
     let y = unsafe { y.part(run.clone()) };
-    element::write_y(y, &job.x[run], residual, channels, job.spec.activation);
+    let activation = job.spec.activation;
+    element::write_y(y, stores, &job.x[run], residual, channels, activation);
 }
 
 /// Writes the gradients of a run.
@@ -105,14 +116,14 @@ pub(super) unsafe fn write_grads<T: Element, M: Mask<T>>(
         // SAFETY: the caller promises it.
         let dx = unsafe { dx.part(run.clone()) };
         if job.spec.training {
-            slice.write_dx_training::<M>(dx, channels, grads);
+            slice.write_dx_training::<M>(dx, to.stores, channels, grads);
         } else {
-            slice.write_dx_given::<M>(dx, channels);
+            slice.write_dx_given::<M>(dx, to.stores, channels);
         }
     }
     if let Some(dresidual) = to.dresidual {
         // SAFETY: as for `dx`.
-        slice.write_g::<M>(unsafe { dresidual.part(run) }, channels);
+        slice.write_g::<M>(unsafe { dresidual.part(run) }, to.stores, channels);
     }
 }
 
@@ -235,10 +246,10 @@ unsafe fn write_tile<L: Tiling, T: Element>(
     vectorised(
         #[inline(always)]
         || {
-            let channels = tiling.at(row);
+            let (channels, stores) = (tiling.at(row), tiling.stores::<T>());
             for run in tiling.runs(tile) {
                 // SAFETY: the caller promises it.
-                unsafe { write_y(job, run, channels, y) }
+                unsafe { write_y(job, run, channels, y, stores) }
             }
         },
     )
@@ -291,7 +302,7 @@ pub(super) fn backward<L: Tiling, T: Element, M: Mask<T>>(
     let numel = spec.dims.numel();
     let mut dx = wants.dx.then(|| Output::new(numel));
     let mut dresidual = wants.dresidual.then(|| Output::new(numel));
-    let to = GradParts::new(&mut dx, &mut dresidual);
+    let to = GradParts::new(&mut dx, &mut dresidual, tiling.stores::<T>());
     let (means, vars) = job.saved.split_at(spec.dims.c);
     let division = tiling.division();
     let rows = given_rows(tiling, spec, job.params, means, vars);

@@ -9,6 +9,7 @@ use crate::ops::loops::convert::{Element, Real};
 use crate::ops::loops::element::{Channel, ChannelGrad, Mask, Same};
 use crate::ops::loops::lanes::{moments, ones, GradSums};
 use crate::ops::loops::prefetch::Ahead;
+use crate::ops::loops::stores::Stores;
 use crate::ops::loops::sweep::{Division, Tile, PART};
 use crate::shape::Dims;
 
@@ -65,6 +66,12 @@ impl Tiling for Planes {
             scale: row.scale[0],
             shift: row.shift[0],
         })
+    }
+
+    #[inline(always)]
+    fn stores<T>(&self) -> Stores {
+        // SAFETY: a division's loops are those of `parallel`.
+        unsafe { Stores::of::<T>(self.0.numel(), self.0.s) }
     }
 
     fn values(&self, part: usize) -> usize {

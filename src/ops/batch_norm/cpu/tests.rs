@@ -3,7 +3,9 @@
 
 use half::{bf16, f16};
 
+use super::passes::Tiling;
 use super::*;
+use crate::ops::loops::stores::Stores;
 use crate::shape::Dims;
 
 /// Planes in parts, several of them in a part, on one thread and on all.
@@ -69,50 +71,52 @@ fn cases() -> Vec<Case> {
 }
 
 fn check<T: Element + std::fmt::Debug>(of: fn(f64) -> T) {
-    for case in cases() {
-        let Dims { c, .. } = case.dims;
-        let spec = &Spec {
-            dims: case.dims,
-            eps: 1e-5,
-            activation: case.activation,
-            windows: None,
-            training: case.training,
-            remove_mean: case.remove_mean,
-        };
-        let params = &Params {
-            weight: (0..c).map(|c| 0.5 + c as f64).collect(),
-            bias: (0..c).map(|c| 0.1 * c as f64 - 0.2).collect(),
-        };
-        let [x, dy, residual] = &[37, 53, 29].map(|step| values(case.dims, step, of));
-        let residual = case.has_residual.then_some(&residual[..]);
-        let job = &Forward {
-            spec,
-            x,
-            params,
-            residual,
-            given: None,
-            keeps_maxima: false,
-        };
-        let planes = &Planes(case.dims);
-        let by_channel = passes::forward_training(planes, job);
-        let in_order = in_order::forward(job, statistics(spec, x));
-        assert!(by_channel.y == in_order.y);
-        assert_eq!(by_channel.stats, in_order.stats);
-        let job = &Backward {
-            spec,
-            x,
-            dy,
-            y: residual.map(|_| &in_order.y[..]),
-            maxima: None,
-            params,
-            saved: &in_order.stats,
-            wants: case.wants,
-        };
-        match (case.activation, residual) {
-            (Activation::Identity, _) => check_backward::<T, NoMask>(job),
-            (Activation::Relu, None) => check_backward::<T, FromInput>(job),
-            (Activation::Relu, Some(_)) => check_backward::<T, FromOutput>(job),
-        }
+    cases().iter().for_each(|case| check_case(case, of));
+}
+
+fn check_case<T: Element + std::fmt::Debug>(case: &Case, of: fn(f64) -> T) {
+    let Dims { c, .. } = case.dims;
+    let spec = &Spec {
+        dims: case.dims,
+        eps: 1e-5,
+        activation: case.activation,
+        windows: None,
+        training: case.training,
+        remove_mean: case.remove_mean,
+    };
+    let params = &Params {
+        weight: (0..c).map(|c| 0.5 + c as f64).collect(),
+        bias: (0..c).map(|c| 0.1 * c as f64 - 0.2).collect(),
+    };
+    let [x, dy, residual] = &[37, 53, 29].map(|step| values(case.dims, step, of));
+    let residual = case.has_residual.then_some(&residual[..]);
+    let job = &Forward {
+        spec,
+        x,
+        params,
+        residual,
+        given: None,
+        keeps_maxima: false,
+    };
+    let planes = &Planes(case.dims);
+    let by_channel = passes::forward_training(planes, job);
+    let in_order = in_order::forward(job, statistics(spec, x));
+    assert!(by_channel.y == in_order.y);
+    assert_eq!(by_channel.stats, in_order.stats);
+    let job = &Backward {
+        spec,
+        x,
+        dy,
+        y: residual.map(|_| &in_order.y[..]),
+        maxima: None,
+        params,
+        saved: &in_order.stats,
+        wants: case.wants,
+    };
+    match (case.activation, residual) {
+        (Activation::Identity, _) => check_backward::<T, NoMask>(job),
+        (Activation::Relu, None) => check_backward::<T, FromInput>(job),
+        (Activation::Relu, Some(_)) => check_backward::<T, FromOutput>(job),
     }
 }
 
@@ -143,4 +147,31 @@ fn f32_is_the_same_in_both_orders() {
 fn half_precision_is_the_same_in_both_orders() {
     check(bf16::from_f64);
     check(f16::from_f64);
+}
+
+/// Channel by channel the outputs are written past the caches, here in planes that begin and end within a line.
+#[test]
+fn large_tensors_are_the_same_in_both_orders() {
+    let dims = Dims {
+        n: 3,
+        c: 17,
+        s: 90_001,
+    };
+    let is_streamed = Planes(dims).stores::<f32>() != Stores::CACHED;
+    assert_eq!(is_streamed, cfg!(target_arch = "x86_64"));
+    for has_residual in [true, false] {
+        let case = Case {
+            dims,
+            training: true,
+            remove_mean: true,
+            activation: Activation::Relu,
+            has_residual,
+            wants: Wants {
+                dx: true,
+                dparams: true,
+                dresidual: has_residual,
+            },
+        };
+        check_case(&case, |value| value as f32);
+    }
 }

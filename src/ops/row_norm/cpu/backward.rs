@@ -11,6 +11,7 @@ use crate::ops::loops::convert::{chunks, Element, Real};
 use crate::ops::loops::element::{Channels, Mask, Same, Slice};
 use crate::ops::loops::lanes::{self, ones, GradSums};
 use crate::ops::loops::prefetch::Ahead;
+use crate::ops::loops::stores::Stores;
 use crate::ops::output::Output;
 use crate::ops::parallel;
 use crate::ops::slices::vectorised;
@@ -190,6 +191,7 @@ pub(super) fn write_dx<T: Element, M: Mask<T>, P: Affine<T::Real>>(
         let slice = slice.part(run.clone());
         slice.write::<M, _>(
             &mut dx[run],
+            Stores::CACHED,
             channels,
             Same(grad),
             #[inline(always)]
@@ -333,7 +335,7 @@ fn add_dparams<T: Element, M: Mask<T>>(
 ) {
     let channels = affine.channels(row, start..start + slice.x.len());
     let mut rooms = [T::ROOM; 3];
-    for range in chunks::<T>(slice.x.len()) {
+    for range in chunks::<T>(0..slice.x.len()) {
         let channels = channels.part(range.clone());
         let (dweight, dbias) = (&mut dweight[range.clone()], &mut dbias[range.clone()]);
         let values = slice.part(range);

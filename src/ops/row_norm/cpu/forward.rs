@@ -9,6 +9,7 @@ use crate::ops::loops::convert::{Element, Real};
 use crate::ops::loops::element::write_y;
 use crate::ops::loops::lanes::moments;
 use crate::ops::loops::prefetch::Ahead;
+use crate::ops::loops::stores::Stores;
 use crate::ops::output::Output;
 use crate::ops::parallel;
 use crate::ops::slices::vectorised;
@@ -120,7 +121,8 @@ pub(super) fn write_row<T: Element, P: Affine<T::Real>>(
     activation: Activation,
 ) {
     for (run, channels) in affine.runs(row, start, x.len()) {
-        write_y(&mut y[run.clone()], &x[run], None, channels, activation);
+        let y = &mut y[run.clone()];
+        write_y(y, Stores::CACHED, &x[run], None, channels, activation);
     }
 }
 
