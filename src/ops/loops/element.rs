@@ -126,7 +126,11 @@ pub(crate) fn write_y<T: Element>(
             #[inline(always)]
             |range, y| {
                 let channels = channels.part(range.clone());
-                let x = T::load(&x[range.clone()], &mut x_room);
+                let x = &x[range.clone()];
+                if let Some(ahead) = stores.ahead() {
+                    ahead.of(x);
+                }
+                let x = T::load(x, &mut x_room);
                 let normalise = |i| channels.at(i).normalise(x(i));
                 let residual = residual.map(|residual| T::load(&residual[range], &mut r_room));
                 // One loop per case, so that each of them vectorises.
@@ -265,6 +269,9 @@ impl<'a, T: Element> Slice<'a, T> {
                     let (channels, grads) =
                         (channels.part(range.clone()), grads.part(range.clone()));
                     let values = self.part(range);
+                    if let Some(ahead) = stores.ahead() {
+                        values.prefetch::<M>(ahead);
+                    }
                     let load = values.load::<M>(&mut rooms);
                     T::store(
                         out,

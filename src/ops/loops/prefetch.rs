@@ -2,11 +2,11 @@
 
 use crate::ops::cache;
 
-/// How far behind the values that are being summed up lie others that are asked for at the same time.
+/// How far behind the values in hand lie others that are asked for at the same time.
 ///
 /// The hardware asks for the next lines by itself, but not for enough of them to keep memory busy while sums in
 /// `f64` are computed, and not beyond a page.
-#[derive(Clone, Copy)]
+#[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Ahead {
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     bytes: usize,
@@ -21,6 +21,14 @@ const NEAR: usize = 2048;
 impl Ahead {
     /// In slices that follow each other.
     pub const IN_LINE: Self = Self { bytes: DISTANCE };
+
+    /// At the same place of the slice that follows one of `len` values.
+    #[inline(always)]
+    pub fn in_next_slice<T>(len: usize) -> Self {
+        Self {
+            bytes: len * size_of::<T>(),
+        }
+    }
 
     /// In `count` slices of `len` values, each `stride` values behind the one before.
     pub fn in_slices<T>(count: usize, len: usize, stride: usize) -> Self {

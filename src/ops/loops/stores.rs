@@ -4,12 +4,13 @@ use std::mem::MaybeUninit;
 use std::ops::Range;
 
 use super::convert::{chunks, Element};
+use super::prefetch::Ahead;
 use crate::ops::cache;
 
 /// How the values of a run are written.
 #[derive(Clone, Copy, Debug, PartialEq)]
 pub(crate) struct Stores {
-    is_streamed: bool,
+    streamed: Option<Ahead>,
 }
 
 const LINE: usize = 64;
@@ -26,21 +27,32 @@ const RUN: usize = 2048;
 
 impl Stores {
     /// To the caches, which read each line from memory first.
-    pub const CACHED: Self = Self { is_streamed: false };
+    pub const CACHED: Self = Self { streamed: None };
 
     /// Whole lines to memory, which are not read for that: where the caches could not hold an output of `values` until
     /// it is read, and where it is written in runs of `run` that lie far from each other, for which the hardware asks
     /// too late.
+    ///
+    /// Each run is followed in memory by the one that has its turn after all of these.
     ///
     /// # Safety
     /// The values are written in a loop of [`parallel`](crate::ops::parallel), which [waits](wait) before anybody
     /// reads them.
     #[inline(always)]
     pub unsafe fn of<T>(values: usize, run: usize) -> Self {
-        let [values, run] = [values, run].map(|values| values * size_of::<T>());
+        let [bytes, run_bytes] = [values, run].map(|values| values * size_of::<T>());
+        let is_streamed =
+            cfg!(target_arch = "x86_64") && run_bytes >= RUN && !cache::holds(2 * bytes);
         Self {
-            is_streamed: cfg!(target_arch = "x86_64") && run >= RUN && !cache::holds(2 * values),
+            streamed: is_streamed.then(|| Ahead::in_next_slice::<T>(run)),
         }
+    }
+
+    /// Where the inputs lie that are to be asked for while values are written: those of the next runs, since memory
+    /// has nothing to be read for these.
+    #[inline(always)]
+    pub fn ahead(self) -> Option<Ahead> {
+        self.streamed
     }
 
     /// Calls `write` for the parts of a run, with the range of each and the place for its values.
@@ -53,9 +65,9 @@ impl Stores {
         run: &mut [MaybeUninit<T>],
         mut write: impl FnMut(Range<usize>, &mut [MaybeUninit<T>]),
     ) {
-        let lines = match self.is_streamed {
-            false => 0..0,
-            true => whole_lines(run),
+        let lines = match self.streamed {
+            None => 0..0,
+            Some(_) => whole_lines(run),
         };
         for edge in [0..lines.start, lines.end..run.len()] {
             for part in chunks::<T>(edge) {
@@ -127,7 +139,8 @@ mod tests {
         let mut buffer = [MaybeUninit::new(of(-1.0)); 3 * STAGED];
         for start in [0, 1, 3, 7, 8, 31] {
             for len in [0, 1, 7, 31, 64, 300, STAGED - 1, STAGED, 2 * STAGED + 77] {
-                for stores in [false, true].map(|is_streamed| Stores { is_streamed }) {
+                for streamed in [None, Some(Ahead::IN_LINE)] {
+                    let stores = Stores { streamed };
                     buffer.fill(MaybeUninit::new(of(-1.0)));
                     // SAFETY: every value is written, and waited for before it is read.
                     unsafe {
@@ -165,7 +178,7 @@ mod tests {
     fn large_outputs_in_long_runs_are_streamed() {
         let large = (16 << 20) / size_of::<f32>() + 1;
         // SAFETY: nothing is written.
-        let streams = |values, run| unsafe { Stores::of::<f32>(values, run) }.is_streamed;
+        let streams = |values, run| unsafe { Stores::of::<f32>(values, run) } != Stores::CACHED;
         assert_eq!(streams(large, RUN / 4), cfg!(target_arch = "x86_64"));
         assert!(!streams(large, RUN / 4 - 1));
         assert!(!streams(large - 1, RUN / 4));
