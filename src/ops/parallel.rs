@@ -2,7 +2,6 @@
 
 use std::sync::atomic::{AtomicUsize, Ordering};
 
-use super::loops::stores;
 use super::output::Output;
 
 /// Below this many values a second thread costs more than it brings.
@@ -33,9 +32,7 @@ const PIECES: usize = 8;
 /// A task must not call this again: the pool would wait for itself.
 pub(crate) fn for_each(tasks: usize, values: usize, task: impl Fn(usize) + Sync) {
     if tasks < 2 || !is_parallel(values) {
-        (0..tasks).for_each(task);
-        stores::wait();
-        return;
+        return (0..tasks).for_each(task);
     }
     let threads = threads();
     let piece = tasks.div_ceil(threads * PIECES);
@@ -51,7 +48,6 @@ pub(crate) fn for_each(tasks: usize, values: usize, task: impl Fn(usize) + Sync)
                 (start..end.min(start + piece)).for_each(&task);
             }
         }
-        stores::wait();
     });
 }
 

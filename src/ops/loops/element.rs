@@ -112,7 +112,7 @@ pub(crate) fn relu<A: Real>(v: A) -> A {
 #[inline(always)]
 pub(crate) fn write_y<T: Element>(
     y: &mut [MaybeUninit<T>],
-    stores: Stores,
+    stores: &Stores,
     x: &[T],
     residual: Option<&[T]>,
     channels: impl Channels<Channel<T::Real>>,
@@ -254,7 +254,7 @@ impl<'a, T: Element> Slice<'a, T> {
     pub fn write<M: Mask<T>, G>(
         &self,
         out: &mut [MaybeUninit<T>],
-        stores: Stores,
+        stores: &Stores,
         channels: impl Channels<Channel<T::Real>>,
         grads: impl Channels<G>,
         value: impl Fn(T::Real, T::Real, &Channel<T::Real>, G) -> T::Real,
@@ -293,7 +293,7 @@ impl<'a, T: Element> Slice<'a, T> {
     pub fn write_dx_training<M: Mask<T>>(
         &self,
         dx: &mut [MaybeUninit<T>],
-        stores: Stores,
+        stores: &Stores,
         channels: impl Channels<Channel<T::Real>>,
         grads: impl Channels<ChannelGrad<T::Real>>,
     ) {
@@ -307,7 +307,7 @@ impl<'a, T: Element> Slice<'a, T> {
     pub fn write_dx_given<M: Mask<T>>(
         &self,
         dx: &mut [MaybeUninit<T>],
-        stores: Stores,
+        stores: &Stores,
         channels: impl Channels<Channel<T::Real>>,
     ) {
         self.write::<M, _>(dx, stores, channels, Same(()), |_, g, channel, ()| {
@@ -320,7 +320,7 @@ impl<'a, T: Element> Slice<'a, T> {
     pub fn write_g<M: Mask<T>>(
         &self,
         out: &mut [MaybeUninit<T>],
-        stores: Stores,
+        stores: &Stores,
         channels: impl Channels<Channel<T::Real>>,
     ) {
         self.write::<M, _>(out, stores, channels, Same(()), |_, g, _, ()| g);
@@ -332,7 +332,6 @@ mod tests {
     use half::f16;
 
     use super::*;
-    use crate::ops::loops::stores;
 
     /// Something else for each index.
     #[derive(Clone, Copy)]
@@ -355,7 +354,6 @@ mod tests {
     fn written(len: usize, write: impl FnOnce(&mut [MaybeUninit<f16>])) -> Vec<f16> {
         let mut out = vec![MaybeUninit::new(f16::PI); len];
         write(&mut out);
-        stores::wait();
         // SAFETY: they were initialised above.
         out.iter().map(|out| unsafe { out.assume_init() }).collect()
     }
@@ -378,10 +376,16 @@ mod tests {
         };
         let grads = ByIndex { start: 0, f: grad };
         let lens = [0, 1, 100, f16::CHUNK, f16::CHUNK + 1, 3 * f16::CHUNK + 19];
-        // SAFETY: `written` waits.
-        let streamed = unsafe { Stores::of::<f16>(1 << 30, 1 << 30) };
-        let both = |len| [Stores::CACHED, streamed].map(|stores| (len, stores));
-        for (len, stores) in lens.into_iter().flat_map(both) {
+        let lens = lens
+            .into_iter()
+            .flat_map(|len| [0, 1 << 30].map(|numel| (len, numel)));
+        for (len, numel) in lens {
+            // Streamed or not.
+            let written = |write: &dyn Fn(&mut [MaybeUninit<f16>], &Stores)| {
+                written(len, |out| {
+                    Stores::far_apart::<f16, _>(numel, numel, None, |stores| write(out, stores));
+                })
+            };
             let (x, dy, y) = (values(37, len), values(29, len), values(53, len));
             let one_by_one = |f: &dyn Fn(usize, [f32; 3]) -> f32| -> Vec<_> {
                 let value = |i: usize| f(i, [&x, &dy, &y].map(|of| of[i].to_f32()));
@@ -394,7 +398,8 @@ mod tests {
                 (Activation::Relu, true),
             ] {
                 let r = residual.then_some(&dy[..]);
-                let ours = written(len, |out| write_y(out, stores, &x, r, channels, activation));
+                let ours =
+                    written(&|out, stores| write_y(out, stores, &x, r, channels, activation));
                 let truth = one_by_one(&|i, [x, r, _]| {
                     let y = channel(i).normalise(x);
                     let y = if residual { y + r } else { y };
@@ -410,14 +415,14 @@ mod tests {
                 dy: &dy,
                 y: &y,
             };
-            let ours = written(len, |dx| {
+            let ours = written(&|dx, stores| {
                 slice.write_dx_training::<FromOutput>(dx, stores, channels, grads);
             });
             let truth = one_by_one(&|i, [x, dy, y]| {
                 grad(i).dx(&channel(i), x, if y > 0.0 { dy } else { 0.0 })
             });
             assert_eq!(ours, truth, "{len}");
-            let ours = written(len, |g| slice.write_g::<FromInput>(g, stores, channels));
+            let ours = written(&|g, stores| slice.write_g::<FromInput>(g, stores, channels));
             let truth = one_by_one(&|i, [x, dy, _]| {
                 let y = f16::from_f32(channel(i).normalise(x));
                 if y > f16::ZERO {

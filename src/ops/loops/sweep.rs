@@ -69,7 +69,7 @@ impl Division {
     }
 
     /// Whether a task is about a group, not about a tile.
-    fn is_for_groups(&self) -> bool {
+    pub fn is_for_groups(&self) -> bool {
         let enough = GROUPS_PER_THREAD * threads();
         self.parts == 1 || self.groups >= enough || !is_parallel(self.values)
     }

@@ -121,8 +121,8 @@ impl Tiling for Columns {
 
     // The runs of a row lie close to each other.
     #[inline(always)]
-    fn stores<T>(&self) -> Stores {
-        Stores::CACHED
+    fn with_stores<T, R>(&self, f: impl FnOnce(&Stores) -> R) -> R {
+        f(&Stores::CACHED)
     }
 
     fn values(&self, part: usize) -> usize {

@@ -25,7 +25,7 @@ pub(super) fn forward<T: Element>(job: &Forward<T>, stats: Vec<f64>) -> Normalis
             || {
                 for (run, c) in runs(job.spec.dims, part) {
                     // SAFETY: no two runs of any two parts overlap.
-                    unsafe { write_y(job, run, Same(channels[c]), parts, Stores::CACHED) }
+                    unsafe { write_y(job, run, Same(channels[c]), parts, &Stores::CACHED) }
                 }
             },
         )
@@ -53,7 +53,7 @@ pub(super) fn backward<T: Element, M: Mask<T>>(
     let numel = spec.dims.numel();
     let mut dx = wants.dx.then(|| Output::new(numel));
     let mut dresidual = wants.dresidual.then(|| Output::new(numel));
-    let to = GradParts::new(&mut dx, &mut dresidual, Stores::CACHED);
+    let to = GradParts::new(&mut dx, &mut dresidual);
     if to.is_some() {
         for_parts(spec.dims, |part| {
             vectorised(
@@ -62,7 +62,10 @@ pub(super) fn backward<T: Element, M: Mask<T>>(
                     for (run, c) in runs(spec.dims, part) {
                         let grad = Same(grads[c]);
                         // SAFETY: no two runs of any two parts overlap.
-                        unsafe { write_grads::<T, M>(job, run, Same(channels[c]), grad, to) }
+                        unsafe {
+                            let channel = Same(channels[c]);
+                            write_grads::<T, M>(job, run, channel, grad, to, &Stores::CACHED)
+                        }
                     }
                 },
             )

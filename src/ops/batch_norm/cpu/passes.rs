@@ -35,8 +35,8 @@ pub(super) trait Tiling: Sync + Sized {
     /// What belongs to the values of a run, each of which has values of the same channels.
     fn at<'a, A: Real>(&self, row: &'a ChannelRow<Self, A>) -> Self::Channels<'a, A>;
     fn grad_at<'a, A: Real>(&self, row: &'a GradRow<Self, A>) -> Self::Grads<'a, A>;
-    /// How the values of runs are written, in the loops of a [`Division`].
-    fn stores<T>(&self) -> Stores;
+    /// Calls `f` with the way in which to write the values of a tile's runs.
+    fn with_stores<T, R>(&self, f: impl FnOnce(&Stores) -> R) -> R;
     /// The number of values that a part has of each of its channels.
     fn values(&self, part: usize) -> usize;
     /// Mean (0 without `remove_mean`) and sum of squares around it, of the values of a tile.
@@ -55,19 +55,13 @@ pub(super) trait Tiling: Sync + Sized {
 pub(super) struct GradParts<'a, T> {
     dx: Option<Parts<'a, T>>,
     dresidual: Option<Parts<'a, T>>,
-    stores: Stores,
 }
 
 impl<'a, T> GradParts<'a, T> {
-    pub fn new(
-        dx: &'a mut Option<Output<T>>,
-        dresidual: &'a mut Option<Output<T>>,
-        stores: Stores,
-    ) -> Self {
+    pub fn new(dx: &'a mut Option<Output<T>>, dresidual: &'a mut Option<Output<T>>) -> Self {
         Self {
             dx: dx.as_mut().map(Output::parts),
             dresidual: dresidual.as_mut().map(Output::parts),
-            stores,
         }
     }
 
@@ -87,7 +81,7 @@ pub(super) unsafe fn write_y<T: Element>(
     run: Range<usize>,
     channels: impl Channels<Channel<T::Real>>,
     y: Parts<T>,
-    stores: Stores,
+    stores: &Stores,
 ) {
     let residual = job.residual.map(
         #[inline(always)]
@@ -110,20 +104,21 @@ pub(super) unsafe fn write_grads<T: Element, M: Mask<T>>(
     channels: impl Channels<Channel<T::Real>>,
     grads: impl Channels<ChannelGrad<T::Real>>,
     to: GradParts<T>,
+    stores: &Stores,
 ) {
     let slice = job.tensors().part(run.clone());
     if let Some(dx) = to.dx {
         // SAFETY: the caller promises it.
         let dx = unsafe { dx.part(run.clone()) };
         if job.spec.training {
-            slice.write_dx_training::<M>(dx, to.stores, channels, grads);
+            slice.write_dx_training::<M>(dx, stores, channels, grads);
         } else {
-            slice.write_dx_given::<M>(dx, to.stores, channels);
+            slice.write_dx_given::<M>(dx, stores, channels);
         }
     }
     if let Some(dresidual) = to.dresidual {
         // SAFETY: as for `dx`.
-        slice.write_g::<M>(unsafe { dresidual.part(run) }, to.stores, channels);
+        slice.write_g::<M>(unsafe { dresidual.part(run) }, stores, channels);
     }
 }
 
@@ -246,11 +241,16 @@ unsafe fn write_tile<L: Tiling, T: Element>(
     vectorised(
         #[inline(always)]
         || {
-            let (channels, stores) = (tiling.at(row), tiling.stores::<T>());
-            for run in tiling.runs(tile) {
-                // SAFETY: the caller promises it.
-                unsafe { write_y(job, run, channels, y, stores) }
-            }
+            let channels = tiling.at(row);
+            tiling.with_stores::<T, _>(
+                #[inline(always)]
+                |stores| {
+                    for run in tiling.runs(tile) {
+                        // SAFETY: the caller promises it.
+                        unsafe { write_y(job, run, channels, y, stores) }
+                    }
+                },
+            )
         },
     )
 }
@@ -302,7 +302,7 @@ pub(super) fn backward<L: Tiling, T: Element, M: Mask<T>>(
     let numel = spec.dims.numel();
     let mut dx = wants.dx.then(|| Output::new(numel));
     let mut dresidual = wants.dresidual.then(|| Output::new(numel));
-    let to = GradParts::new(&mut dx, &mut dresidual, tiling.stores::<T>());
+    let to = GradParts::new(&mut dx, &mut dresidual);
     let (means, vars) = job.saved.split_at(spec.dims.c);
     let division = tiling.division();
     let rows = given_rows(tiling, spec, job.params, means, vars);
@@ -324,10 +324,17 @@ pub(super) fn backward<L: Tiling, T: Element, M: Mask<T>>(
                     || {
                         let channels = tiling.at(&rows[tile.group]);
                         let grads = tiling.grad_at(grads);
-                        for run in tiling.runs(tile) {
-                            // SAFETY: no two runs of any two tiles overlap.
-                            unsafe { write_grads::<T, M>(job, run, channels, grads, to) }
-                        }
+                        tiling.with_stores::<T, _>(
+                            #[inline(always)]
+                            |stores| {
+                                for run in tiling.runs(tile) {
+                                    // SAFETY: no two runs of any two tiles overlap.
+                                    unsafe {
+                                        write_grads::<T, M>(job, run, channels, grads, to, stores)
+                                    }
+                                }
+                            },
+                        )
                     },
                 )
             }

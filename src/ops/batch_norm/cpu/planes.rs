@@ -5,12 +5,14 @@ use std::ops::Range;
 use super::passes::Tiling;
 use super::rows::{ChannelRow, GradRow, Pair};
 use super::Backward;
+use crate::ops::cache;
 use crate::ops::loops::convert::{Element, Real};
 use crate::ops::loops::element::{Channel, ChannelGrad, Mask, Same};
 use crate::ops::loops::lanes::{moments, ones, GradSums};
 use crate::ops::loops::prefetch::Ahead;
 use crate::ops::loops::stores::Stores;
 use crate::ops::loops::sweep::{Division, Tile, PART};
+use crate::ops::parallel::threads;
 use crate::shape::Dims;
 
 pub(super) struct Planes(pub Dims);
@@ -69,9 +71,13 @@ impl Tiling for Planes {
     }
 
     #[inline(always)]
-    fn stores<T>(&self) -> Stores {
-        // SAFETY: a division's loops are those of `parallel`.
-        unsafe { Stores::of::<T>(self.0.numel(), self.0.s) }
+    fn with_stores<T, R>(&self, f: impl FnOnce(&Stores) -> R) -> R {
+        let (channel, s) = (self.0.m() * size_of::<T>(), self.0.s);
+        // A thread goes from a channel to the next one, whose planes follow in memory. Both tensors of both of them have
+        // to stay in the cache, for every thread.
+        let next = (self.division().is_for_groups() && cache::holds(4 * threads() * channel))
+            .then(|| Ahead::in_next_slice::<T>(s));
+        Stores::far_apart::<T, _>(self.0.numel(), s, next, f)
     }
 
     fn values(&self, part: usize) -> usize {

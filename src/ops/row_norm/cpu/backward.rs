@@ -191,7 +191,7 @@ pub(super) fn write_dx<T: Element, M: Mask<T>, P: Affine<T::Real>>(
         let slice = slice.part(run.clone());
         slice.write::<M, _>(
             &mut dx[run],
-            Stores::CACHED,
+            &Stores::CACHED,
             channels,
             Same(grad),
             #[inline(always)]

@@ -122,7 +122,7 @@ pub(super) fn write_row<T: Element, P: Affine<T::Real>>(
 ) {
     for (run, channels) in affine.runs(row, start, x.len()) {
         let y = &mut y[run.clone()];
-        write_y(y, Stores::CACHED, &x[run], None, channels, activation);
+        write_y(y, &Stores::CACHED, &x[run], None, channels, activation);
     }
 }
 
