@@ -340,7 +340,7 @@ fn errors_leave_the_statistics_as_they_were() -> Result<()> {
         let train = |x: Tensor| bn.forward_t(&x, true);
         assert_error(
             train(zeros(&[1, 3], DType::F32)?),
-            &["more than one value", "[1, 3]"],
+            &["more than one value", "[1, 3]", "`forward_t(x, false)`"],
         );
         assert_error(
             train(zeros(&[5, 4], DType::F32)?),

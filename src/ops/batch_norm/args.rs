@@ -115,7 +115,8 @@ pub(super) fn check_training(x: &Tensor, args: &BatchNormArgs) -> Result<Dims> {
     }
     if dims.numel() > 0 && dims.m() == 1 {
         bail!(
-            "batch norm expects more than one value per channel in training, got an input of shape {:?}",
+            "batch norm expects more than one value per channel in training, got an input of shape {:?} \
+             (in evaluation, `forward_t(x, false)`, one is enough)",
             x.dims()
         )
     }
