@@ -1,5 +1,6 @@
 //! How the work on a tensor is divided: first sums over its values, then a second look at each.
 
+use crate::ops::output::Output;
 use crate::ops::parallel::{for_each, is_parallel, map, threads};
 
 /// Which values a piece of work is about: a part of those of a group of channels.
@@ -17,10 +18,26 @@ pub(crate) struct Division {
     pub parts: usize,
     /// In the whole tensor.
     pub values: usize,
+    pub outer: Outer,
+}
+
+/// What of a tensor lies together in memory. Tiles are visited in that order, in which the op before has most likely written it: then a
+/// thread reads what it has written itself.
+///
+/// Where others read it, reading takes longer, and so does the next writing to the same memory.
+#[derive(Clone, Copy, PartialEq)]
+pub(crate) enum Outer {
+    /// Each group, with all of its parts.
+    Groups,
+    /// Each part, of all groups.
+    Parts,
 }
 
 /// Values of a part, about: few enough for a core's own caches, enough to make the merging cheap.
 pub(crate) const PART: usize = 1 << 13;
+
+/// What is done with the sums of a tile takes as long as so many values of the tensor.
+const PER_TILE: usize = 64;
 
 /// So many groups for each thread keep all of them busy to the end.
 const GROUPS_PER_THREAD: usize = 4;
@@ -43,7 +60,7 @@ impl Division {
                 finished
             });
         }
-        let finished = self.reduce(reduce, finish);
+        let finished = self.by_tile(reduce, finish);
         for_each(self.groups * self.parts, self.values, |index| {
             let tile = self.tile(index);
             visit(tile, &finished[tile.group]);
@@ -51,21 +68,41 @@ impl Division {
         finished
     }
 
-    /// The same without a second look at the tiles.
-    pub fn reduce<P: Send, G: Send>(
+    /// The same without a second look at the tiles, for which a group need not stay with its thread.
+    pub fn reduce<P: Send + Sync, G: Send>(
         self,
         reduce: impl Fn(Tile) -> P + Sync,
         finish: impl Fn(usize, &[P]) -> G + Sync,
     ) -> Vec<G> {
-        if self.is_for_groups() {
+        let is_in_order = self.outer == Outer::Groups || self.parts == 1;
+        if is_in_order && self.is_for_groups() || !is_parallel(self.values) {
             return map(self.groups, self.values, |group| {
                 self.of_group(group, &reduce, &finish)
             });
         }
+        self.by_tile(reduce, finish)
+    }
+
+    /// What comes of the groups, from tiles in the order of memory.
+    fn by_tile<P: Send + Sync, G: Send>(
+        &self,
+        reduce: impl Fn(Tile) -> P + Sync,
+        finish: impl Fn(usize, &[P]) -> G + Sync,
+    ) -> Vec<G> {
         let tiles = self.groups * self.parts;
-        let reduced = map(tiles, self.values, |index| reduce(self.tile(index)));
-        let reduced = reduced.chunks(self.parts).enumerate();
-        reduced.map(|(group, tiles)| finish(group, tiles)).collect()
+        let mut reduced = Output::new(tiles);
+        let to = reduced.parts();
+        for_each(tiles, self.values, |index| {
+            let tile = self.tile(index);
+            let result = reduce(tile);
+            // SAFETY: each tile has one index.
+            unsafe { to.write(tile.group * self.parts + tile.part, result) }
+        });
+        // SAFETY: every tile has its result.
+        let reduced = unsafe { reduced.finish() };
+        map(self.groups, tiles * PER_TILE, |group| {
+            finish(group, &reduced[group * self.parts..][..self.parts])
+        })
     }
 
     /// Whether a task is about a group, not about a tile.
@@ -88,11 +125,17 @@ impl Division {
         (0..self.parts).map(move |part| Tile { group, part })
     }
 
-    /// Of all tiles, those of each group one after the other.
+    /// Of all tiles, in the order of memory.
     pub fn tile(&self, index: usize) -> Tile {
-        Tile {
-            group: index / self.parts,
-            part: index % self.parts,
+        match self.outer {
+            Outer::Groups => Tile {
+                group: index / self.parts,
+                part: index % self.parts,
+            },
+            Outer::Parts => Tile {
+                group: index % self.groups,
+                part: index / self.groups,
+            },
         }
     }
 }

@@ -10,7 +10,7 @@ use crate::ops::loops::convert::{Element, Real};
 use crate::ops::loops::element::{Channel, ChannelGrad, Channels, Mask, Slice};
 use crate::ops::loops::lanes::spread;
 use crate::ops::loops::stores::Stores;
-use crate::ops::loops::sweep::{Division, Tile, PART};
+use crate::ops::loops::sweep::{Division, Outer, Tile, PART};
 use crate::shape::Dims;
 
 /// Fewer rows in a part would make its sums a burden to store and to merge.
@@ -84,6 +84,7 @@ impl Tiling for Columns {
             groups: self.dims.c.div_ceil(self.channels),
             parts: self.dims.n.div_ceil(self.rows),
             values: self.dims.numel(),
+            outer: Outer::Parts,
         }
     }
 

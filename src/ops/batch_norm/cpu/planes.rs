@@ -11,11 +11,38 @@ use crate::ops::loops::element::{Channel, ChannelGrad, Mask, Same};
 use crate::ops::loops::lanes::{moments, ones, GradSums};
 use crate::ops::loops::prefetch::Ahead;
 use crate::ops::loops::stores::Stores;
-use crate::ops::loops::sweep::{Division, Tile, PART};
+use crate::ops::loops::sweep::{Division, Outer, Tile};
 use crate::ops::parallel::threads;
 use crate::shape::Dims;
 
 pub(super) struct Planes(pub Dims);
+
+/// Values of a part of a long channel, about.
+const PART: usize = 1 << 14;
+
+/// Parts of a channel of half as many values and more: the number of threads that there often are.
+const FEWEST_PARTS: usize = 4;
+
+impl Planes {
+    /// A power of two, as batches and numbers of threads often are: then a thread gets the parts of those samples that it has computed in
+    /// the op before.
+    fn parts(&self) -> usize {
+        match self.0.m() {
+            m if m < PART / 2 => 1,
+            m => (m / PART).next_power_of_two().max(FEWEST_PARTS),
+        }
+    }
+
+    /// Where in a channel a part begins: with a plane, if there are enough of them.
+    #[inline(always)]
+    fn start(&self, part: usize) -> usize {
+        let (Dims { n, s, .. }, parts) = (self.0, self.parts());
+        match n >= parts {
+            true => part * n / parts * s,
+            false => part * self.0.m() / parts,
+        }
+    }
+}
 
 impl Tiling for Planes {
     type Row<A: Real> = [A; 1];
@@ -25,8 +52,9 @@ impl Tiling for Planes {
     fn division(&self) -> Division {
         Division {
             groups: self.0.c,
-            parts: self.0.m().div_ceil(PART),
+            parts: self.parts(),
             values: self.0.numel(),
+            outer: Outer::Parts,
         }
     }
 
@@ -45,8 +73,8 @@ impl Tiling for Planes {
     #[inline(always)]
     fn runs(&self, tile: Tile) -> impl Iterator<Item = Range<usize>> {
         let Dims { c, s, .. } = self.0;
-        let end = tile.part * PART + self.values(tile.part);
-        let mut next = tile.part * PART;
+        let end = self.start(tile.part + 1);
+        let mut next = self.start(tile.part);
         // Plane by plane, from value `next` of the channel to `end`.
         std::iter::from_fn(move || {
             if next >= end {
@@ -81,7 +109,7 @@ impl Tiling for Planes {
     }
 
     fn values(&self, part: usize) -> usize {
-        (self.0.m() - part * PART).min(PART)
+        self.start(part + 1) - self.start(part)
     }
 
     #[inline(always)]

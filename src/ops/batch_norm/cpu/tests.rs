@@ -6,7 +6,8 @@ use half::{bf16, f16};
 use super::*;
 use crate::shape::Dims;
 
-/// Planes in parts, several of them in a part, on one thread and on all.
+/// Planes in parts, several of them in a part, on one thread and on all; few channels and, for four threads, enough that each stays with one
+/// where two passes over it follow each other.
 const SIZES: [Dims; 3] = [
     Dims {
         n: 3,
@@ -16,7 +17,7 @@ const SIZES: [Dims; 3] = [
     Dims { n: 5, c: 3, s: 100 },
     Dims {
         n: 20,
-        c: 7,
+        c: 17,
         s: 784,
     },
 ];

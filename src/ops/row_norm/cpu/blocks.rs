@@ -3,7 +3,7 @@
 use std::ops::Range;
 
 use crate::dims::Rows;
-use crate::ops::loops::sweep::{Division, Tile, PART};
+use crate::ops::loops::sweep::{Division, Outer, Tile, PART};
 
 /// Values of a batch of short rows, about.
 const BATCH: usize = 1 << 10;
@@ -33,6 +33,7 @@ impl Blocks {
             groups: self.rows.rows().div_ceil(self.rows_of_block),
             parts,
             values: self.rows.numel(),
+            outer: Outer::Groups,
         }
     }
 
