@@ -17,6 +17,7 @@ mod panels;
 mod report;
 mod sgd;
 mod state;
+mod sums;
 mod sweep;
 mod train;
 

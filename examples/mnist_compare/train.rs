@@ -7,7 +7,7 @@ use anyhow::Result;
 use candle_batch_norm::backward;
 use candle_batch_norm::models::{Architecture, Model};
 use candle_batch_norm::ops::cross_entropy;
-use candle_core::{DType, Device, ModuleT, Tensor};
+use candle_core::{DType, Device, ModuleT};
 use candle_nn::{VarBuilder, VarMap};
 use indicatif::{ProgressBar, ProgressStyle};
 use serde::Serialize;
@@ -17,12 +17,10 @@ use crate::data::{shuffled, Dataset, Split};
 use crate::initial::uniform;
 use crate::norms::Contender;
 use crate::sgd::{sorted, Sgd};
+use crate::sums::{Sums, STEPS_BETWEEN_READS};
 
 /// Test images that are evaluated at a time.
 const EVAL_BATCH: usize = 1000;
-
-/// After so many steps the sums come from the device; each time costs it a pause.
-const STEPS_BETWEEN_READS: usize = 20;
 
 /// What one epoch came to. Accuracies are fractions, over the whole epoch and the whole test set.
 #[derive(Clone, Copy, Debug, PartialEq, Serialize)]
@@ -175,48 +173,6 @@ fn progress(args: &Args, index: usize, steps: usize) -> ProgressBar {
     ProgressBar::new(steps as u64)
         .with_style(style.unwrap_or_else(|_| ProgressStyle::default_bar()))
         .with_prefix(format!("epoch {:>2}/{}", index + 1, args.epochs))
-}
-
-/// Loss and right answers, summed on the device and read from time to time.
-#[derive(Default)]
-struct Sums {
-    on_device: Option<(Tensor, Tensor)>,
-    loss: f64,
-    right: f64,
-    count: usize,
-}
-
-impl Sums {
-    fn add(&mut self, logits: &Tensor, labels: &Tensor, loss: &Tensor) -> Result<()> {
-        let count = labels.elem_count();
-        let loss = (loss.detach() * count as f64)?;
-        let right = logits
-            .detach()
-            .argmax(1)?
-            .eq(labels)?
-            .to_dtype(DType::F32)?
-            .sum_all()?;
-        self.count += count;
-        self.on_device = Some(match &self.on_device {
-            None => (loss, right),
-            Some((loss_sum, right_sum)) => ((loss_sum + loss)?, (right_sum + right)?),
-        });
-        Ok(())
-    }
-
-    fn read(&mut self) -> Result<()> {
-        if let Some((loss, right)) = self.on_device.take() {
-            self.loss += f64::from(loss.to_scalar::<f32>()?);
-            self.right += f64::from(right.to_scalar::<f32>()?);
-        }
-        Ok(())
-    }
-
-    /// Mean loss and accuracy, of what has been read.
-    fn mean(&self) -> (f64, f64) {
-        let count = self.count.max(1) as f64;
-        (self.loss / count, self.right / count)
-    }
 }
 
 /// PyTorch's initial weights for linear and convolution layers, uniform in ±1/√fan_in. What belongs to
