@@ -1,6 +1,9 @@
-//! The cache that the cores share.
+//! The caches: how long their lines are, and what of the one that the cores share there is.
 
-/// What of it there is on many machines, and is not taken by somebody else's cores on larger ones. It is not asked for:
+/// Bytes of a line.
+pub(crate) const LINE: usize = 64;
+
+/// What there is of the shared one on many machines, and is not taken by somebody else's cores on larger ones. It is not asked for:
 /// the way that a tensor of some size takes is to be the same everywhere.
 const SHARED: usize = 32 << 20;
 

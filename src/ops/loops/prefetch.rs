@@ -6,7 +6,7 @@ use crate::ops::cache;
 ///
 /// The hardware asks for the next lines by itself, but not for enough of them to keep memory busy while sums in
 /// `f64` are computed, and not beyond a page.
-#[derive(Clone, Copy, Debug, PartialEq)]
+#[derive(Clone, Copy)]
 pub(crate) struct Ahead {
     #[cfg_attr(not(target_arch = "x86_64"), allow(dead_code))]
     bytes: usize,
@@ -53,13 +53,12 @@ impl Ahead {
         #[cfg(target_arch = "x86_64")]
         {
             use std::arch::x86_64::{_mm_prefetch, _MM_HINT_T0};
-            const LINE: usize = 64;
             let start = values.as_ptr().cast::<i8>().wrapping_add(self.bytes);
             let mut at = 0;
             while at < size_of_val(values) {
                 // SAFETY: every x86-64 has the instruction; it gives no value and faults nowhere.
                 unsafe { _mm_prefetch::<_MM_HINT_T0>(start.wrapping_add(at)) };
-                at += LINE;
+                at += cache::LINE;
             }
         }
         #[cfg(not(target_arch = "x86_64"))]

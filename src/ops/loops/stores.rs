@@ -6,7 +6,7 @@ use std::ops::Range;
 
 use super::convert::{chunks, Element};
 use super::prefetch::Ahead;
-use crate::ops::cache;
+use crate::ops::cache::{self, LINE};
 
 /// How the values of an output are written.
 pub(crate) struct Stores {
@@ -15,8 +15,6 @@ pub(crate) struct Stores {
     /// The thread that streams is the one that waits.
     of_thread: PhantomData<*const ()>,
 }
-
-const LINE: usize = 64;
 
 /// So many bytes are computed, in wide registers, before they are streamed.
 const STAGED: usize = 512;
