@@ -6,9 +6,6 @@
 //! Each line has the median of the steps, an epoch of 60,000 images at that pace, and the median of the ratios to the plain
 //! network's steps in the same turn.
 
-// The example uses more of its modules, and tests them.
-#![allow(dead_code, unused_imports)]
-
 use std::time::Instant;
 
 use anyhow::Result;
@@ -18,14 +15,20 @@ use candle_batch_norm::ops::cross_entropy;
 use candle_core::{DType, Device, ModuleT};
 use candle_nn::{VarBuilder, VarMap};
 
+// Of its modules, the example uses more, and tests it.
+#[allow(dead_code, unused_imports)]
 #[path = "../examples/mnist_compare/data.rs"]
 mod data;
+#[allow(dead_code, unused_imports)]
 #[path = "../examples/mnist_compare/digits.rs"]
 mod digits;
+#[allow(dead_code, unused_imports)]
 #[path = "../examples/mnist_compare/idx.rs"]
 mod idx;
+#[allow(dead_code, unused_imports)]
 #[path = "../examples/mnist_compare/sgd.rs"]
 mod sgd;
+#[allow(dead_code, unused_imports)]
 #[path = "../examples/mnist_compare/sums.rs"]
 mod sums;
 use data::{shuffled, Split, PIXELS};

@@ -198,7 +198,7 @@ impl Got {
 }
 
 /// Shapes around a lane, a warp, a block of columns and a thread block, of rank 2 to 5.
-const SHAPES: [&[usize]; 30] = [
+const SHAPES: [&[usize]; 31] = [
     &[2, 1],
     &[2, 3],
     &[31, 33],
@@ -226,6 +226,7 @@ const SHAPES: [&[usize]; 30] = [
     &[7, 3, 50, 51],
     &[3, 17, 3000],
     &[20, 40, 21, 21],
+    &[64, 5, 24, 24],
     &[1000, 37],
     &[67, 1100],
     &[150, 50, 5, 5],

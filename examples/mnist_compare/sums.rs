@@ -40,7 +40,7 @@ impl Sums {
         Ok(())
     }
 
-    /// Mean loss and accuracy, of what has been read.
+    /// Mean loss and accuracy, once all that was added has been read.
     pub fn mean(&self) -> (f64, f64) {
         let count = self.count.max(1) as f64;
         (self.loss / count, self.right / count)

@@ -90,7 +90,7 @@ impl Stores {
     ) {
         let step = const {
             assert!(LINE.is_multiple_of(size_of::<T>()) && size_of::<T>() >= 2);
-            assert!(STAGED / size_of::<T>() <= T::CHUNK);
+            assert!(STAGED / size_of::<T>() <= T::CHUNK && align_of::<Stage<T>>() >= LINE);
             STAGED / size_of::<T>()
         };
         let lines = match self.is_streamed {

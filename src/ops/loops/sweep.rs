@@ -18,14 +18,16 @@ pub(crate) struct Division {
     pub parts: usize,
     /// In the whole tensor.
     pub values: usize,
+    /// Of a tile, about: what there is to be merged.
+    pub sums: usize,
     pub outer: Outer,
 }
 
-/// What of a tensor lies together in memory. Tiles are visited in that order, in which the op before has most likely written it: then a
-/// thread reads what it has written itself.
+/// What of a tensor lies together in memory. Tiles are visited in that order, in which the op before has most likely written it, unless each
+/// group stays with a thread: then a thread reads what it has written itself.
 ///
 /// Where others read it, reading takes longer, and so does the next writing to the same memory.
-#[derive(Clone, Copy, PartialEq)]
+#[derive(Clone, Copy)]
 pub(crate) enum Outer {
     /// Each group, with all of its parts.
     Groups,
@@ -36,8 +38,8 @@ pub(crate) enum Outer {
 /// Values of a part, about: few enough for a core's own caches, enough to make the merging cheap.
 pub(crate) const PART: usize = 1 << 13;
 
-/// What is done with the sums of a tile takes as long as so many values of the tensor.
-const PER_TILE: usize = 64;
+/// What is done with a sum of a tile takes as long as so many values of the tensor.
+const PER_SUM: usize = 32;
 
 /// So many groups for each thread keep all of them busy to the end.
 const GROUPS_PER_THREAD: usize = 4;
@@ -68,14 +70,14 @@ impl Division {
         finished
     }
 
-    /// The same without a second look at the tiles, for which a group need not stay with its thread.
+    /// The same without a second look at the tiles. No group has to stay in a cache for that, and the tiles are visited in the order of
+    /// memory where groups have more than one.
     pub fn reduce<P: Send + Sync, G: Send>(
         self,
         reduce: impl Fn(Tile) -> P + Sync,
         finish: impl Fn(usize, &[P]) -> G + Sync,
     ) -> Vec<G> {
-        let is_in_order = self.outer == Outer::Groups || self.parts == 1;
-        if is_in_order && self.is_for_groups() || !is_parallel(self.values) {
+        if self.parts == 1 || !is_parallel(self.values) {
             return map(self.groups, self.values, |group| {
                 self.of_group(group, &reduce, &finish)
             });
@@ -100,7 +102,7 @@ impl Division {
         });
         // SAFETY: every tile has its result.
         let reduced = unsafe { reduced.finish() };
-        map(self.groups, tiles * PER_TILE, |group| {
+        map(self.groups, tiles * self.sums * PER_SUM, |group| {
             finish(group, &reduced[group * self.parts..][..self.parts])
         })
     }

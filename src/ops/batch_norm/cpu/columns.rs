@@ -84,6 +84,7 @@ impl Tiling for Columns {
             groups: self.dims.c.div_ceil(self.channels),
             parts: self.dims.n.div_ceil(self.rows),
             values: self.dims.numel(),
+            sums: self.channels * self.dims.s,
             outer: Outer::Parts,
         }
     }

@@ -18,28 +18,40 @@ use crate::shape::Dims;
 pub(super) struct Planes(pub Dims);
 
 /// Values of a part of a long channel, about.
-const PART: usize = 1 << 14;
+const PART_OF_CHANNEL: usize = 1 << 14;
 
-/// Parts of a channel of half as many values and more: the number of threads that there often are.
+/// No fewer values are a part: what is done for a part's sums would take as long.
+const SMALLEST_PART: usize = 1 << 11;
+
+/// Parts of a channel of some of the smallest ones: the number of threads that there often are.
 const FEWEST_PARTS: usize = 4;
 
+/// Tiles of a tensor with few channels, for more threads than these are.
+const FEWEST_TILES: usize = 64;
+
 impl Planes {
-    /// A power of two, as batches and numbers of threads often are: then a thread gets the parts of those samples that it has computed in
-    /// the op before.
+    /// A power of two, as batches and numbers of threads often are: then a thread mostly gets the parts of those samples that it has
+    /// computed in the op before.
     fn parts(&self) -> usize {
-        match self.0.m() {
-            m if m < PART / 2 => 1,
-            m => (m / PART).next_power_of_two().max(FEWEST_PARTS),
+        let Dims { c, .. } = self.0;
+        let m = self.0.m();
+        if m < FEWEST_PARTS * SMALLEST_PART {
+            return 1;
         }
+        let parts = (m / PART_OF_CHANNEL).max(FEWEST_TILES / c);
+        let parts = parts.clamp(FEWEST_PARTS, m / SMALLEST_PART);
+        parts.next_power_of_two()
     }
 
-    /// Where in a channel a part begins: with a plane, if there are enough of them.
+    /// Where in a channel a part begins: with a plane, if that makes the parts about as long as each other.
     #[inline(always)]
     fn start(&self, part: usize) -> usize {
         let (Dims { n, s, .. }, parts) = (self.0, self.parts());
-        match n >= parts {
-            true => part * n / parts * s,
-            false => part * self.0.m() / parts,
+        // Not `part * of / parts`, which is too large a number where `usize` has 32 bits.
+        let share = |of: usize| part * (of / parts) + part * (of % parts) / parts;
+        match n.is_multiple_of(parts) || n >= 4 * parts {
+            true => share(n) * s,
+            false => share(self.0.m()),
         }
     }
 }
@@ -54,6 +66,7 @@ impl Tiling for Planes {
             groups: self.0.c,
             parts: self.parts(),
             values: self.0.numel(),
+            sums: 1,
             outer: Outer::Parts,
         }
     }

@@ -4,23 +4,15 @@
 use half::{bf16, f16};
 
 use super::*;
+use crate::ops::batch_norm::cpu::passes::Tiling;
+use crate::ops::parallel::threads;
 use crate::shape::Dims;
 
-/// Planes in parts, several of them in a part, on one thread and on all; few channels and, for four threads, enough that each stays with one
-/// where two passes over it follow each other.
-const SIZES: [Dims; 3] = [
-    Dims {
-        n: 3,
-        c: 2,
-        s: 9000,
-    },
-    Dims { n: 5, c: 3, s: 100 },
-    Dims {
-        n: 20,
-        c: 17,
-        s: 784,
-    },
-];
+/// Planes in parts, several of them in a part, on one thread and on all; few channels, and so many that each stays with one thread where
+/// two passes over it follow each other.
+fn sizes() -> [Dims; 3] {
+    [(3, 2, 9000), (5, 3, 100), (20, 4 * threads() + 1, 448)].map(|(n, c, s)| Dims { n, c, s })
+}
 
 /// Something else for each index, between -2 and 2.
 fn values<T>(dims: Dims, step: usize, of: fn(f64) -> T) -> Vec<T> {
@@ -45,7 +37,7 @@ fn cases() -> Vec<Case> {
         dresidual: bits & 4 == 0,
     };
     let mut cases = vec![];
-    for dims in SIZES {
+    for dims in sizes() {
         for training in both {
             for remove_mean in both {
                 for activation in [Activation::Identity, Activation::Relu] {
@@ -170,5 +162,53 @@ fn large_tensors_are_the_same_in_both_orders() {
             };
             check_case(&case, |value| value as f32);
         }
+    }
+}
+
+/// What is written without a second look: each value is in one run of one tile.
+fn check_runs(tiling: &impl Tiling, dims: Dims) {
+    let Dims { c, s, .. } = dims;
+    let division = tiling.division();
+    let mut times = vec![0u8; dims.numel()];
+    for index in 0..division.groups * division.parts {
+        let tile = division.tile(index);
+        let channels = tiling.channels(tile.group);
+        let mut values = 0;
+        for run in tiling.runs(tile) {
+            for i in run {
+                times[i] += 1;
+                assert!(channels.contains(&(i / s % c)), "{dims:?}: value {i}");
+                values += 1;
+            }
+        }
+        let of_channel = tiling.values(tile.part) * tiling.repeats();
+        assert_eq!(values, channels.len() * of_channel, "{dims:?}");
+    }
+    assert!(times.iter().all(|&times| times == 1), "{dims:?}");
+}
+
+#[test]
+fn each_value_is_in_one_run() {
+    let planes = [
+        (1, 1, 8191),
+        (1, 1, 8192),
+        (1, 1, 81_919),
+        (1, 1, 81_920),
+        (63, 2, 784),
+        (64, 2, 784),
+        (65, 2, 784),
+        (127, 2, 700),
+        (128, 33, 64),
+        (9, 1, 12_544),
+        (15, 5, 3000),
+        (16, 70, 1024),
+    ];
+    for (n, c, s) in planes {
+        let dims = Dims { n, c, s };
+        check_runs(&Planes(dims), dims);
+    }
+    for (n, c, s) in [(1, 1, 1), (63, 257, 1), (65, 1025, 1), (200, 70, 49)] {
+        let dims = Dims { n, c, s };
+        check_runs(&Columns::new(dims), dims);
     }
 }

@@ -33,6 +33,7 @@ impl Blocks {
             groups: self.rows.rows().div_ceil(self.rows_of_block),
             parts,
             values: self.rows.numel(),
+            sums: 1,
             outer: Outer::Groups,
         }
     }
