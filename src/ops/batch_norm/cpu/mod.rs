@@ -93,7 +93,7 @@ pub(crate) fn forward<T: Element>(job: &Forward<T>) -> Normalised<T> {
     match (&job.given, as_columns(spec)) {
         (None, true) => passes::forward_training(&Columns::new(spec.dims), job),
         (None, false) if stays_in_cache(tensors, x) => in_order::forward(job, statistics(spec, x)),
-        (None, false) => passes::forward_training(&Planes(spec.dims), job),
+        (None, false) => passes::forward_training(&Planes::new(spec.dims), job),
         (Some(given), true) => passes::forward_given(&Columns::new(spec.dims), job, given),
         (Some([mean, var]), false) => in_order::forward(job, [mean.as_slice(), var].concat()),
     }
@@ -117,7 +117,7 @@ fn stays_in_cache<T>(tensors: usize, x: &[T]) -> bool {
 pub(crate) fn statistics<T: Element>(spec: &Spec, x: &[T]) -> Vec<f64> {
     match as_columns(spec) {
         true => passes::statistics(&Columns::new(spec.dims), spec, x),
-        false => passes::statistics(&Planes(spec.dims), spec, x),
+        false => passes::statistics(&Planes::new(spec.dims), spec, x),
     }
 }
 
@@ -155,7 +155,7 @@ fn backward_masked<T: Element, M: Mask<T>>(job: &Backward<T>) -> Grads<T> {
         let dparams = wants.sums(spec);
         in_order::backward::<T, M>(job, dparams.then(|| param_grads_masked::<T, M>(job)))
     } else {
-        passes::backward::<_, T, M>(&Planes(spec.dims), job)
+        passes::backward::<_, T, M>(&Planes::new(spec.dims), job)
     }
 }
 
@@ -167,7 +167,7 @@ fn param_grads<T: Element>(job: &Backward<T>) -> Vec<f64> {
 fn param_grads_masked<T: Element, M: Mask<T>>(job: &Backward<T>) -> Vec<f64> {
     match as_columns(job.spec) {
         true => passes::param_grads::<_, T, M>(&Columns::new(job.spec.dims), job),
-        false => passes::param_grads::<_, T, M>(&Planes(job.spec.dims), job),
+        false => passes::param_grads::<_, T, M>(&Planes::new(job.spec.dims), job),
     }
 }
 

@@ -15,8 +15,6 @@ use crate::ops::loops::sweep::{Division, Outer, Tile};
 use crate::ops::parallel::threads;
 use crate::shape::Dims;
 
-pub(super) struct Planes(pub Dims);
-
 /// Values of a part of a long channel, about.
 const PART_OF_CHANNEL: usize = 1 << 14;
 
@@ -27,32 +25,48 @@ const SMALLEST_PART: usize = 1 << 11;
 const FEWEST_PARTS: usize = 4;
 
 /// Tiles of a tensor with few channels, for more threads than these are.
-const FEWEST_TILES: usize = 64;
+const FEWEST_TILES: usize = 32;
+
+pub(super) struct Planes {
+    dims: Dims,
+    /// Parts of a channel, as a power of 2.
+    log_parts: u32,
+    /// What of a channel is shared out among the parts, planes or values, and how many values each of these has.
+    pieces: [usize; 2],
+}
 
 impl Planes {
-    /// A power of two, as batches and numbers of threads often are: then a thread mostly gets the parts of those samples that it has
-    /// computed in the op before.
-    fn parts(&self) -> usize {
-        let Dims { c, .. } = self.0;
-        let m = self.0.m();
-        if m < FEWEST_PARTS * SMALLEST_PART {
-            return 1;
+    pub fn new(dims: Dims) -> Self {
+        let (Dims { n, c, s }, m) = (dims, dims.m());
+        // A power of two, as batches and numbers of threads often are: then a thread mostly gets the parts of those samples that it
+        // has computed in the op before.
+        let parts = if m < FEWEST_PARTS * SMALLEST_PART {
+            1
+        } else {
+            let parts = (m / PART_OF_CHANNEL).max(FEWEST_TILES / c);
+            let parts = parts.clamp(FEWEST_PARTS, m / SMALLEST_PART);
+            parts.next_power_of_two()
+        };
+        // Parts begin with a plane, if they are about as long as each other then.
+        let by_plane = n.is_multiple_of(parts) || n >= 4 * parts;
+        Self {
+            dims,
+            log_parts: parts.ilog2(),
+            pieces: if by_plane { [n, s] } else { [m, 1] },
         }
-        let parts = (m / PART_OF_CHANNEL).max(FEWEST_TILES / c);
-        let parts = parts.clamp(FEWEST_PARTS, m / SMALLEST_PART);
-        parts.next_power_of_two()
     }
 
-    /// Where in a channel a part begins: with a plane, if that makes the parts about as long as each other.
+    fn parts(&self) -> usize {
+        1 << self.log_parts
+    }
+
+    /// Where in a channel a part begins.
     #[inline(always)]
     fn start(&self, part: usize) -> usize {
-        let (Dims { n, s, .. }, parts) = (self.0, self.parts());
-        // Not `part * of / parts`, which is too large a number where `usize` has 32 bits.
-        let share = |of: usize| part * (of / parts) + part * (of % parts) / parts;
-        match n.is_multiple_of(parts) || n >= 4 * parts {
-            true => share(n) * s,
-            false => share(self.0.m()),
-        }
+        let [pieces, len] = self.pieces;
+        // Not `part * pieces / parts`, which is too large a number where `usize` has 32 bits.
+        let left = pieces & (self.parts() - 1);
+        (part * (pieces >> self.log_parts) + ((part * left) >> self.log_parts)) * len
     }
 }
 
@@ -63,9 +77,9 @@ impl Tiling for Planes {
 
     fn division(&self) -> Division {
         Division {
-            groups: self.0.c,
+            groups: self.dims.c,
             parts: self.parts(),
-            values: self.0.numel(),
+            values: self.dims.numel(),
             sums: 1,
             outer: Outer::Parts,
         }
@@ -85,7 +99,7 @@ impl Tiling for Planes {
 
     #[inline(always)]
     fn runs(&self, tile: Tile) -> impl Iterator<Item = Range<usize>> {
-        let Dims { c, s, .. } = self.0;
+        let Dims { c, s, .. } = self.dims;
         let end = self.start(tile.part + 1);
         let mut next = self.start(tile.part);
         // Plane by plane, from value `next` of the channel to `end`.
@@ -113,12 +127,12 @@ impl Tiling for Planes {
 
     #[inline(always)]
     fn with_stores<T, R>(&self, f: impl FnOnce(&Stores) -> R) -> R {
-        let (channel, s) = (self.0.m() * size_of::<T>(), self.0.s);
+        let (channel, s) = (self.dims.m() * size_of::<T>(), self.dims.s);
         // A thread goes from a channel to the next one, whose planes follow in memory. Both tensors of both of them have
         // to stay in the cache, for every thread.
         let next = (self.division().is_for_groups() && cache::holds(4 * threads() * channel))
             .then(|| Ahead::in_next_slice::<T>(s));
-        Stores::far_apart::<T, _>(self.0.numel(), s, next, f)
+        Stores::far_apart::<T, _>(self.dims.numel(), s, next, f)
     }
 
     fn values(&self, part: usize) -> usize {
@@ -127,7 +141,7 @@ impl Tiling for Planes {
 
     #[inline(always)]
     fn moments<T: Element>(&self, x: &[T], tile: Tile, remove_mean: bool) -> Pair<[f64; 1]> {
-        let Dims { n, c, s } = self.0;
+        let Dims { n, c, s } = self.dims;
         let runs = || {
             self.runs(tile).map(
                 #[inline(always)]
@@ -149,7 +163,7 @@ impl Tiling for Planes {
     ) -> Pair<[f64; 1]> {
         let (channel, mean) = (self.at(row), row.mean[0]);
         let (tensors, mut sums) = (job.tensors(), GradSums::new());
-        let Dims { n, c, s } = self.0;
+        let Dims { n, c, s } = self.dims;
         let ahead = Ahead::in_slices::<T>(n, s, c * s);
         for run in self.runs(tile) {
             sums.add::<T, M, _>(&tensors.part(run), channel, ones, mean, ahead);

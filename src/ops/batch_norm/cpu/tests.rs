@@ -89,7 +89,7 @@ fn check_case<T: Element + std::fmt::Debug>(case: &Case, of: fn(f64) -> T) {
         given: None,
         keeps_maxima: false,
     };
-    let planes = &Planes(case.dims);
+    let planes = &Planes::new(case.dims);
     let by_channel = passes::forward_training(planes, job);
     let in_order = in_order::forward(job, statistics(spec, x));
     assert!(by_channel.y == in_order.y);
@@ -112,7 +112,7 @@ fn check_case<T: Element + std::fmt::Debug>(case: &Case, of: fn(f64) -> T) {
 }
 
 fn check_backward<T: Element, M: Mask<T>>(job: &Backward<T>) {
-    let by_channel = passes::backward::<_, T, M>(&Planes(job.spec.dims), job);
+    let by_channel = passes::backward::<_, T, M>(&Planes::new(job.spec.dims), job);
     let dparams = job.wants.sums(job.spec);
     let dparams = dparams.then(|| param_grads_masked::<T, M>(job));
     let in_order = in_order::backward::<T, M>(job, dparams);
@@ -205,7 +205,7 @@ fn each_value_is_in_one_run() {
     ];
     for (n, c, s) in planes {
         let dims = Dims { n, c, s };
-        check_runs(&Planes(dims), dims);
+        check_runs(&Planes::new(dims), dims);
     }
     for (n, c, s) in [(1, 1, 1), (63, 257, 1), (65, 1025, 1), (200, 70, 49)] {
         let dims = Dims { n, c, s };
