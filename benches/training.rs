@@ -112,6 +112,7 @@ fn compare(name: &str, architecture: Architecture, turns: usize) -> Result<()> {
             }
         }
     }
+    println!("{name}: median of the steps, an epoch at that pace, median of the ratios to `without` in the same turn");
     let plain = trained[0].3.clone();
     for (title, _, _, times) in trained {
         let ratio = median(times.iter().zip(&plain).map(|(time, plain)| time / plain));
